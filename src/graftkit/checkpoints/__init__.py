@@ -1,0 +1,1 @@
+"""Weights on disk, in and out. Knows no merging method."""

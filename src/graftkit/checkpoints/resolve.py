@@ -1,0 +1,57 @@
+"""From what a recipe calls a model to a directory on this machine: a path, or a hub id fetched by `huggingface_hub`.
+
+A hub id is `owner/name` with an optional `@revision`. With `HF_HUB_OFFLINE=1`, or without a network, the hub's local
+cache serves it. Nothing else is ever fetched, and no code of a model is run.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from graftkit.checkpoints import adapters, sources
+from graftkit.errors import CheckpointError
+
+Source = sources.Checkpoint | adapters.Adapter
+
+WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def directory_of(name: str, relative_to: Path) -> Path:
+    """The directory that holds a model. Paths are looked up beside the recipe first, then in the working directory.
+
+    Raises CheckpointError when there is neither such a directory nor such a model on the hub or in its cache.
+    """
+    path = Path(name).expanduser()
+    for candidate in (relative_to / path, path):
+        if candidate.is_dir():
+            return candidate
+        if candidate.is_file():
+            raise CheckpointError(f"{candidate} is a file; a model is a directory (a GGUF file becomes one by `graft convert`)")
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(f"{name}: no such directory" + ("" if path.is_absolute() else f" in {relative_to} or here"))
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name}: no such directory, and the hub does not give it either ({reason})") from error
+
+
+def open_source(directory: Path, *, allow_pickle: bool = False) -> Source:
+    """Opens a model directory: an adapter where it holds `adapter_config.json`, else a checkpoint."""
+    if (directory / adapters.CONFIG).is_file():
+        return adapters.open_adapter(directory)
+    if allow_pickle and not list(directory.glob("*.safetensors")) and sources.pickles(directory):
+        from graftkit.checkpoints.pickles import converted
+
+        directory = converted(directory)
+    return sources.open_checkpoint(directory)

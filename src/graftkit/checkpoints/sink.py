@@ -1,0 +1,213 @@
+"""Where a merge is written: tensors at planned offsets in a directory beside the output, which takes its name at the end.
+
+Until everything is written the work lies in `.NAME.graft-partial`, with a journal of finished tensors. A killed run
+leaves that directory, and the same plan takes it up again; a reader never sees half a model under the final name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graftkit.checkpoints.headers import ITEMSIZE, METADATA, encode_header
+from graftkit.checkpoints.sources import INDEX
+from graftkit.errors import OutputError
+
+Layout = Sequence[tuple[str, Sequence[tuple[str, str, tuple[int, ...]]]]]
+"""Files of the output, each with its tensors as (name, dtype, shape)."""
+
+MARGIN = 16 << 20  # bytes beside the tensors: configuration, tokenizer, record
+JOURNAL = "graft-journal.jsonl"
+
+
+class Sink:
+    """An output in the making. Thread-safe: any thread may write any part of any tensor."""
+
+    def __init__(self, out: Path, layout: Layout, token: str, *, overwrite: bool = False) -> None:
+        """Prepares the directory, or takes up an interrupted run of the same plan (`token`).
+
+        Raises OutputError when the output exists, another process is writing it, or the disk has no room.
+        """
+        self.out, self.layout, self.overwrite = out, layout, overwrite
+        self.partial = out.parent / f".{out.name}.graft-partial"
+        self.done: dict[str, Any] = {}
+        self.notes: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._places: dict[str, tuple[int, int, int]] = {}  # name -> descriptor, offset, bytes of an element
+        self._check_free_name()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self._take_partial(token)
+        try:
+            self._check_room()
+            self._open_files()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_free_name(self) -> None:
+        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+            raise OutputError(f"{self.out}: exists and is not a directory; choose another name")
+        if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
+            raise OutputError(f"{self.out}: holds files already; choose another name, or pass --overwrite to replace it whole")
+
+    def _take_partial(self, token: str) -> None:
+        self.partial.mkdir(exist_ok=True)
+        self._journal = open(self.partial / JOURNAL, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._journal.close()
+            raise OutputError(f"{self.out}: another process is writing it; wait for it, or choose another name") from error
+        head = {"plan": token, "boot": boot_id()}
+        lines = _journal_lines(self.partial / JOURNAL)
+        fresh = lines[:1] != [head]
+        self._journal.truncate(0)
+        for line in [head] if fresh else lines:  # written anew, so that a line cut short by a kill does not stay
+            self._log(line)
+        if not fresh:
+            self.done = {line["tensor"]: line["record"] for line in lines if "tensor" in line}
+            self.notes = {line["note"]: line["value"] for line in lines if "note" in line}
+        for path in self.partial.iterdir() if fresh else ():
+            if path.name != JOURNAL:
+                path.unlink()
+
+    def _check_room(self) -> None:
+        needed = MARGIN + sum(
+            ITEMSIZE[dtype] * _product(shape) for _, tensors in self.layout for _, dtype, shape in tensors
+        )
+        held = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
+        free = shutil.disk_usage(self.partial).free
+        if free + held < needed:
+            self.close()
+            if not self.done:
+                shutil.rmtree(self.partial)
+            raise OutputError(
+                f"{self.out}: the output needs {needed / 1e9:.2f} GB and the disk has {(free + held) / 1e9:.2f} GB; free some, "
+                "or write elsewhere"
+            )
+
+    def _open_files(self) -> None:
+        for file, tensors in self.layout:
+            header, offsets = encode_header(list(tensors), METADATA)
+            size = len(header) + sum(ITEMSIZE[dtype] * _product(shape) for _, dtype, shape in tensors)
+            descriptor = os.open(self.partial / file, os.O_RDWR | os.O_CREAT, 0o644)
+            for name, dtype, _ in tensors:
+                self._places[name] = (descriptor, offsets[name], ITEMSIZE[dtype])
+            if not tensors:
+                os.close(descriptor)
+                continue
+            os.ftruncate(descriptor, size)
+            self._write_all(descriptor, header, 0)
+
+    def write(self, name: str, start: int, data: Any) -> None:
+        """Puts bytes (any buffer) at element `start` of a tensor. Raises OutputError when the disk is full."""
+        descriptor, offset, size = self._places[name]
+        self._write_all(descriptor, memoryview(data).cast("B"), offset + start * size)
+
+    def _write_all(self, descriptor: int, data: Any, position: int) -> None:
+        memory = memoryview(data)
+        done = 0
+        try:
+            while done < len(memory):
+                done += os.pwrite(descriptor, memory[done : done + (1 << 30)], position + done)
+        except OSError as error:
+            raise _full(self.out, error) from error
+
+    def finish(self, name: str, record: Mapping[str, Any]) -> None:
+        """Marks a tensor as complete, with what is to be remembered of it; a resumed run will not make it again."""
+        with self._lock:
+            self.done[name] = dict(record)
+            self._log({"tensor": name, "record": dict(record)})
+
+    def note(self, key: str, value: Any) -> None:
+        """Remembers a plain value (a statistic, say) for a resumed run."""
+        with self._lock:
+            self.notes[key] = value
+            self._log({"note": key, "value": value})
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        try:
+            self._journal.write(json.dumps(line) + "\n")
+            self._journal.flush()
+        except OSError as error:
+            raise _full(self.out, error) from error
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Adds a small file beside the weights."""
+        try:
+            (self.partial / name).write_bytes(content)
+        except OSError as error:
+            raise _full(self.out, error) from error
+
+    def complete(self) -> None:
+        """Writes the index and gives the directory its final name, replacing an old output whole where that was asked."""
+        missing = [name for name in self._places if name not in self.done]
+        if missing:
+            raise OutputError(f"{self.out}: {len(missing)} tensors were never written, {missing[0]!r} first; this is a bug")
+        if len(self.layout) > 1:
+            self.add_file(INDEX, _index(self.layout))
+        self.close()
+        (self.partial / JOURNAL).unlink()
+        old = self.out.parent / f".{self.out.name}.graft-old"
+        if old.exists():
+            shutil.rmtree(old)
+        if self.out.exists():
+            self.out.rename(old)
+        self.partial.rename(self.out)
+        if old.exists():
+            shutil.rmtree(old)
+
+    def close(self) -> None:
+        """Closes the files; what is written stays for a later run."""
+        for descriptor in {place[0] for place in self._places.values()}:
+            os.close(descriptor)
+        self._places = {}
+        self._journal.close()
+
+
+def _product(shape: Sequence[int]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _index(layout: Layout) -> bytes:
+    total = sum(ITEMSIZE[dtype] * _product(shape) for _, tensors in layout for _, dtype, shape in tensors)
+    weight_map = {name: file for file, tensors in layout for name, _, _ in tensors}
+    return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
+
+
+def _journal_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a line that a kill cut short, and all after it, do not count."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            line = json.loads(text) if text.endswith("\n") else None
+        except json.JSONDecodeError:
+            line = None
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
+    return lines
+
+
+def boot_id() -> str:
+    """Names this start of the machine: after a power cut, a journal may know of bytes that never reached the disk."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _full(out: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"{out}: the disk is full; free some room and run the same command again, it goes on where it stopped")
+    return OutputError(f"{out}: cannot be written ({error.strerror})")

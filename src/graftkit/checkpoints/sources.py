@@ -1,0 +1,179 @@
+"""Where tensors come from: a checkpoint directory, an adapter, or another merge's result.
+
+A source answers "which tensors, of what shape" from headers alone, and hands out readers that fetch a range of a
+tensor's elements into a buffer that the caller reuses. Files are read with `pread`, never mapped: resident memory
+stays at the size of the buffers, and a file that shrinks under us is an error message instead of a bus error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftkit.checkpoints.headers import ITEMSIZE, TensorInfo, inside, read_header
+from graftkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SAMPLES, SAMPLE_BYTES = 16, 4096  # what a fingerprint reads of each file, beside header and size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of safetensors files, as `transformers` writes them."""
+
+    directory: Path
+    tensors: Mapping[str, TensorInfo]
+    config: Mapping[str, Any]
+    kind: str = "checkpoint"
+    _files: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in the order of their names."""
+        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the input and output embeddings are one tensor on disk."""
+        return not any(name.endswith("lm_head.weight") for name in self.tensors)
+
+    def fingerprint(self) -> str:
+        """A short hash of headers, sizes and sampled bytes of all weight files; the same for a copy elsewhere."""
+        return fingerprint(self.files)
+
+    def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Elements `[start, stop)` of a tensor, as raw bytes in the head of `buffer` (uint8, long enough)."""
+        size = ITEMSIZE[tensor.dtype]
+        view = buffer[: (stop - start) * size]
+        read_exactly(self._descriptor(tensor.file), view, tensor.begin + start * size, tensor)
+        return view
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(file, os.O_RDONLY)
+            return self._files[file]
+
+    def close(self) -> None:
+        """Closes the files; reading opens them again."""
+        with self._lock:
+            while self._files:
+                os.close(self._files.popitem()[1])
+
+
+def read_exactly(descriptor: int, view: np.ndarray, position: int, tensor: TensorInfo) -> None:
+    """Fills `view` from the file at `position`. Raises CheckpointError where the file ends before."""
+    done, memory = 0, memoryview(view)
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], position + done)
+        if count == 0:
+            raise CheckpointError(f"{tensor.file}: ends within tensor {tensor.name!r}: truncated while being read")
+        done += count
+
+
+def fingerprint(files: tuple[Path, ...]) -> str:
+    """BLAKE2 of each file's header, size and 16 evenly spaced samples of 4 KiB; names and times do not count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(file, "rb") as handle:
+            digest.update(handle.read(min(size, 8 + int.from_bytes(handle.read(8), "little"))))
+            for k in range(SAMPLES):
+                handle.seek(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)))
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def full_hash(files: tuple[Path, ...]) -> str:
+    """BLAKE2 of every byte of the files, in order; seconds per gigabyte."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Reads the headers of a checkpoint directory.
+
+    Raises CheckpointError for missing or truncated shards, index entries that are not in their file or leave the
+    directory, pickle-only checkpoints, and directories where a single file and an index contradict each other.
+    """
+    index, single = directory / INDEX, directory / WEIGHTS
+    if index.is_file():
+        tensors = _indexed(directory, index)
+        if single.is_file() and not any(t.file == single for t in tensors.values()):
+            raise CheckpointError(
+                f"{directory}: holds both {WEIGHTS} and an index of other shards, and tools differ in which they read; "
+                "delete the stale one"
+            )
+    else:
+        tensors, _ = read_header(single if single.is_file() else _only_file(directory))
+    if not tensors:
+        raise CheckpointError(f"{directory}: the weights hold no tensor")
+    return Checkpoint(directory, tensors, read_json(directory / "config.json", missing={}))
+
+
+def _indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; copy it anew")
+    shards = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        path = inside(directory, shard)
+        if not path.is_file():
+            raise CheckpointError(f"{index}: names the shard {shard!r}, which is missing; download the model again")
+        shards[shard] = read_header(path)[0]
+    for name, shard in weight_map.items():
+        if name not in shards[shard]:
+            raise CheckpointError(f"{index}: places tensor {name!r} in {shard!r}, which does not hold it")
+    extra = sorted(name for shard, held in shards.items() for name in held if weight_map.get(name) != shard)
+    if extra:
+        raise CheckpointError(f"{index}: does not list tensor {extra[0]!r}, which its shards hold; index and shards differ")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _only_file(directory: Path) -> Path:
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise CheckpointError(f"{directory}: {len(files)} safetensors files but no {INDEX}; which belong together?")
+    if pickles(directory):
+        raise CheckpointError(
+            f"{directory}: only pickle weights ({pickles(directory)[0].name}), which can run code when loaded; "
+            "convert them to safetensors, or pass --allow-pickle to read them with weights-only loading"
+        )
+    raise CheckpointError(f"{directory}: no {WEIGHTS}, no {INDEX}: not a checkpoint")
+
+
+def pickles(directory: Path) -> list[Path]:
+    """The pickle weight files of a directory."""
+    return sorted(path for pattern in ("pytorch_model*.bin", "*.pth", "*.pt") for path in directory.glob(pattern))
+
+
+def read_json(file: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file; `missing` when the file does not exist, if given."""
+    if missing is not None and not file.is_file():
+        return missing
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return value

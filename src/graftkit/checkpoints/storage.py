@@ -1,0 +1,127 @@
+"""Between the bytes of a file and numbers to compute with: the only place that knows what bfloat16 looks like.
+
+Arrays hold float16 and bfloat16 as bits (`uint16`) while they are on their way; arithmetic happens in float32 or
+float64. Loops are compiled by numba, without fast-math where a weight is concerned, and release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+STORAGE = {
+    "F64": np.float64, "F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
+    "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.uint8,
+}  # fmt: skip
+"""How the elements of a file's dtype lie in memory."""
+
+
+def compute_dtype(output: str) -> Any:
+    """The arithmetic for an output dtype: one precision above it, so that the final cast is the only rounding that counts."""
+    return np.float32 if output in ("F16", "BF16") else np.float64
+
+
+def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+    """Numbers from a file's bytes (`raw` uint8) into `out` (float32 or float64), exactly; returns `out`."""
+    bits = raw.view(STORAGE[dtype])
+    if dtype == "BF16":
+        _widen_bfloat16(bits, out)
+    elif dtype == "F16":
+        _widen_table(bits, _half_table(), out)
+    else:
+        np.copyto(out, bits, casting="same_kind")
+    return out
+
+
+def as_float(raw: np.ndarray, dtype: str, float_dtype: Any) -> np.ndarray:
+    """As `widen`, into a new array."""
+    return widen(raw, dtype, np.empty(raw.size // np.dtype(STORAGE[dtype]).itemsize, float_dtype))
+
+
+def subtract(raw: np.ndarray, dtype: str, base: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """`number(raw) - base` into `out`: the delta of one block of a tuned model; returns `out`."""
+    bits = raw.view(STORAGE[dtype])
+    if dtype == "BF16":
+        _subtract_bfloat16(bits, base, out)
+    else:
+        np.subtract(widen(raw, dtype, out), base, out=out)
+    return out
+
+
+def finite(raw: np.ndarray, dtype: str) -> bool:
+    """Whether no element of a block is NaN or infinite, read off the exponent bits."""
+    if dtype == "BF16":
+        return not _exponent_full(raw.view(np.uint16), np.uint16(0x7F80))
+    if dtype == "F16":
+        return not _exponent_full(raw.view(np.uint16), np.uint16(0x7C00))
+    if dtype in ("F32", "F64"):
+        return bool(_all_finite(raw.view(STORAGE[dtype])))
+    return True
+
+
+def narrow(wide: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
+    """Casts `wide` (float32 or float64) to a file's dtype in the head of `out` (uint8), to nearest, ties to even.
+
+    Returns the bytes written. A float64 goes to 16 bits through float32 only where the engine computed in float32.
+    """
+    view = out[: wide.size * np.dtype(STORAGE[dtype]).itemsize]
+    if dtype == "BF16":
+        _narrow_bfloat16(wide.astype(np.float32, copy=False).view(np.uint32), view.view(np.uint16))
+    elif dtype == "F16":
+        with np.errstate(over="ignore"):
+            np.copyto(view.view(np.float16), wide, casting="same_kind")
+    else:
+        np.copyto(view.view(STORAGE[dtype]), wide, casting="same_kind")
+    return view
+
+
+@lru_cache(maxsize=1)
+def _half_table() -> np.ndarray:
+    """Every float16 as a float32, by its bits."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+@njit(**JIT)
+def _widen_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
+
+
+@njit(**JIT)
+def _widen_table(bits, table, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] = table[bits[i]]
+
+
+@njit(**JIT)
+def _subtract_bfloat16(bits, base, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32) - base[i]
+
+
+@njit(**JIT)
+def _exponent_full(bits, mask):  # type: ignore[no-untyped-def]
+    found = 0
+    for i in range(bits.size):
+        found += (bits[i] & mask) == mask
+    return found
+
+
+@njit(**JIT)
+def _all_finite(values):  # type: ignore[no-untyped-def]
+    bad = 0
+    for i in range(values.size):
+        bad += not np.isfinite(values[i])
+    return bad == 0
+
+
+@njit(**JIT)
+def _narrow_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        u = bits[i]
+        out[i] = np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))

@@ -1,0 +1,1 @@
+"""Carrying out a plan: read, compute a precision above the output, cast once, write."""

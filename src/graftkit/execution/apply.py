@@ -1,0 +1,140 @@
+"""Running one method on one block: its compiled twin where it has one, else its torch function; and the final cast."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from graftkit.checkpoints import storage
+from graftkit.errors import NonFiniteError
+from graftkit.execution.blocks import Workspace
+from graftkit.methods import Method
+
+PART = 4096  # elements that the tally adds up in float32 before it goes on in float64
+
+
+@lru_cache
+def kernel_of(name: str) -> Callable[..., None]:
+    """The compiled twin named `module:function`."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+def apply(
+    method: Method,
+    given: Mapping[str, Any],
+    knobs: Mapping[str, Any],
+    shape: tuple[int, ...],
+    device: str,
+    space: Workspace,
+) -> np.ndarray:
+    """The method's result for a block, flat [n].
+
+    `given` holds flat blocks; a torch function sees them as [models, *shape], with `shape` the block's.
+    """
+    arguments = [given[name] for name in method.reads]
+    if method.kernel and device == "cpu":
+        stack = given.get("deltas", given.get("models"))
+        assert stack is not None
+        out = space.take("result", stack.shape[1], stack.dtype)
+        kernel_of(method.kernel)(*arguments, **knobs, out=out)
+        return out
+    import torch
+
+    torch.set_num_threads(1)
+
+    def tensor(name: str, value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        moved = torch.from_numpy(value).to(device)
+        return moved.reshape(-1, *shape) if name in ("models", "deltas") else moved.reshape(shape) if name == "base" else moved
+
+    with torch.inference_mode():
+        result = method.function(*(tensor(n, v) for n, v in zip(method.reads, arguments, strict=True)), **knobs)
+    return result.reshape(-1).cpu().numpy()  # type: ignore[no-any-return]
+
+
+@dataclass
+class Tally:
+    """What a merge did to one tensor, and what the cast swallowed of it.
+
+    `delta` and `lost` are sums of squares of the wanted change and of the cast's error; `swallowed` counts weights
+    that should have changed and did not. Without a base only the cast's error counts.
+    """
+
+    delta: float = 0.0
+    lost: float = 0.0
+    swallowed: int = 0
+    wanted: int = 0
+
+    def record(self, elements: int) -> dict[str, float]:
+        """For the journal and `graft.json`."""
+        return {
+            "delta_norm": float(np.sqrt(self.delta)),
+            "cast_error_norm": float(np.sqrt(self.lost)),
+            "unchanged": self.swallowed / self.wanted if self.wanted else 0.0,
+            "changed": (self.wanted - self.swallowed) / elements if elements else 0.0,
+        }
+
+
+def cast(
+    result: np.ndarray, base: np.ndarray | None, is_delta: bool, dtype: str, tally: Tally, space: Workspace, label: str
+) -> np.ndarray:
+    """Adds the base to a delta and casts once; returns the bytes to write.
+
+    Raises NonFiniteError when the result overflows the output dtype or is undefined (weights that sum to zero).
+    """
+    wide = result
+    if is_delta:
+        assert base is not None
+        wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
+    raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
+    if not storage.finite(raw, dtype):
+        raise NonFiniteError(f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype")
+    back = storage.widen(raw, dtype, space.take("back", result.size, result.dtype))
+    sums = _tally(wide, wide if base is None else base, back)
+    tally.delta += float(sums[0])
+    tally.lost += float(sums[1])
+    tally.wanted += int(sums[2])
+    tally.swallowed += int(sums[3])
+    return raw
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _tally(wide, base, back):  # type: ignore[no-untyped-def]
+    sums = np.zeros(4, np.float64)
+    for first in range(0, wide.size, PART):
+        part = slice(first, first + PART)
+        moved, lost = _squares(wide[part], base[part], back[part])
+        wanted, swallowed = _counts(wide[part], base[part], back[part])
+        sums[0] += moved
+        sums[1] += lost
+        sums[2] += wanted
+        sums[3] += swallowed
+    return sums
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # a report's sums, not a weight
+def _squares(wide, base, back):  # type: ignore[no-untyped-def]
+    moved = wide[0] - wide[0]
+    lost = moved
+    for i in range(wide.size):
+        change, error = wide[i] - base[i], back[i] - wide[i]
+        moved += change * change
+        lost += error * error
+    return moved, lost
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _counts(wide, base, back):  # type: ignore[no-untyped-def]
+    wanted, swallowed = np.int32(0), np.int32(0)
+    for i in range(wide.size):
+        wanted += np.int32(wide[i] != base[i])
+        swallowed += np.int32((wide[i] != base[i]) & (back[i] == base[i]))
+    return wanted, swallowed

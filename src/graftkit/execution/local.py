@@ -1,0 +1,255 @@
+"""The loop: every step of a plan, on any number of threads of this machine.
+
+Workers change no byte: a step is computed in fixed blocks by one worker, its random numbers are keyed, and each tensor
+has its place in the output before anything is computed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from graftkit import methods
+from graftkit.checkpoints.sink import Sink
+from graftkit.checkpoints.sources import Checkpoint
+from graftkit.errors import GraftError, PlanError
+from graftkit.execution import record, reductions
+from graftkit.execution.apply import Tally, apply, cast
+from graftkit.execution.blocks import Feed, Reader, Workspace, cuts, inputs_of, open_feed
+from graftkit.execution.reductions import Threshold
+from graftkit.recipes.plan import Input, Plan, Step
+
+RESIDENT = 350 << 20  # bytes that the interpreter, numpy and the compiled code occupy, measured, rounded up
+
+
+class Progress(Protocol):
+    """Told of bytes read, as they are done with."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` bytes of a stage's inputs."""
+
+
+@dataclass
+class Job:
+    """A plan under way."""
+
+    plan: Plan
+    sink: Sink
+    workers: int
+    device: str
+    progress: Progress | None
+    thresholds: dict[str, Threshold] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)
+    local: threading.local = field(default_factory=threading.local)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    done_bytes: int = 0
+
+    @property
+    def space(self) -> Workspace:
+        """This thread's scratch."""
+        if not hasattr(self.local, "space"):
+            self.local.space = Workspace()
+        return self.local.space  # type: ignore[no-any-return]
+
+    def advance(self, stage: str, count: int, total: int) -> None:
+        """Reports progress."""
+        with self.lock:
+            self.done_bytes += count
+            if self.progress:
+                self.progress(stage, self.done_bytes, total)
+
+
+def execute(
+    plan: Plan,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    memory: int | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Carries out a plan and returns its record, which also stands in `OUT/graft.json`.
+
+    `memory`: bytes that the process may use, at least roughly 400 MB; it limits the workers. Neither it nor `workers`
+    changes a byte of the output. A run that was interrupted goes on where it stopped.
+    Raises PlanError, CheckpointError or OutputError; nothing stands under `out` unless all of it does.
+    """
+    for named in plan.sources:
+        if named.nested and not (named.source.directory / record.FILE).is_file():
+            execute(named.nested, named.source.directory, workers=workers, memory=memory, device=device, overwrite=True, progress=progress)
+    check_device(device)
+    started = time.perf_counter()
+    count = _allowed_workers(plan, workers or os.cpu_count() or 1, memory)
+    layout = [(shard.file, [(s.name, s.dtype, s.shape) for s in shard.steps]) for shard in plan.shards]
+    sink = Sink(Path(out), layout, plan.hash, overwrite=overwrite)
+    job = Job(plan, sink, count, device, progress)
+    resumed = len(sink.done)
+    try:
+        stages = [_stage(job, name) for name in plan.stages]
+        seconds = time.perf_counter() - started
+        made = record.build(plan, sink.done, stages, seconds, resumed, count, device)
+        for name, content in record.side_files(plan, made).items():
+            sink.add_file(name, content)
+        sink.complete()
+    finally:
+        sink.close()
+        for named in plan.sources:
+            named.source.close()
+    return made
+
+
+def check_device(device: str) -> None:
+    """Refuses a device that torch does not have."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise GraftError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
+
+
+def _allowed_workers(plan: Plan, wanted: int, memory: int | None) -> int:
+    if memory is None:
+        return max(1, wanted)
+    each = plan.worker_bytes()
+    room = (memory - RESIDENT) // max(each, 1)
+    if room < 1:
+        raise PlanError(f"--memory {memory / 1e9:.2f} GB is too little: one worker needs {(each + RESIDENT) / 1e9:.2f} GB for this plan")
+    return int(max(1, min(wanted, room)))
+
+
+def _stage(job: Job, name: str) -> dict[str, Any]:
+    started, job.done_bytes = time.perf_counter(), 0
+    steps = _statistics(job) if name == "statistics" else _merge(job)
+    return {
+        "name": name,
+        "seconds": round(time.perf_counter() - started, 4),
+        "steps": steps,
+        "peak_memory_bytes": record.peak_memory(),
+    }
+
+
+def _statistics(job: Job) -> int:
+    """The stage of model-scope thresholds: two passes over the steps of each group."""
+    steps = 0
+    for group, members in reductions.groups_of(job.plan.steps).items():
+        key = f"threshold {group}"
+        if key not in job.sink.notes:
+            total = 2 * sum(job.plan.input_bytes(step) for step in members)
+            made = reductions.select(members, members[0].knobs["density"], job.plan.sources, job.space, _spreader(job, total))
+            job.sink.note(key, {"values": made.values.view(np.uint32).tolist(), "density": list(made.density)})
+        noted = job.sink.notes[key]
+        job.thresholds[group] = Threshold(np.array(noted["values"], np.uint32).view(np.float32), tuple(noted["density"]))
+        steps += len(members)
+    return steps
+
+
+def _spreader(job: Job, total: int) -> reductions.Spread:
+    def spread(work: Callable[[Step, Workspace], np.ndarray], steps: Sequence[Step]) -> Iterable[np.ndarray]:
+        results: list[np.ndarray] = []
+
+        def run(step: Step) -> None:
+            counts = work(step, job.space)
+            with job.lock:
+                if results:
+                    results[0] += counts
+                else:
+                    results.append(counts)
+            job.advance("statistics", job.plan.input_bytes(step), total)
+
+        _on_workers(job, run, steps)
+        return results
+
+    return spread
+
+
+def _merge(job: Job) -> int:
+    """The stage that writes: every step that an interrupted run has not finished."""
+    steps = [step for step in job.plan.steps if step.name not in job.sink.done]
+    total = sum(job.plan.input_bytes(step) for step in steps)
+
+    def run(step: Step) -> None:
+        job.sink.finish(step.name, _merge_step(job, step) if step.method else _copy_step(job, step))
+        job.advance("merge", job.plan.input_bytes(step), total)
+
+    _on_workers(job, run, steps)
+    return len(steps)
+
+
+def _on_workers(job: Job, run: Callable[[Step], None], steps: Sequence[Step]) -> None:
+    """Runs all steps, the largest first so that workers end together; the first error stops the rest and is raised."""
+
+    def guarded(step: Step) -> None:
+        if not job.stop.is_set():
+            try:
+                run(step)
+            except BaseException:
+                job.stop.set()
+                raise
+
+    with ThreadPoolExecutor(job.workers, thread_name_prefix="graft") as pool:
+        futures: list[Future[None]] = [pool.submit(guarded, step) for step in sorted(steps, key=lambda s: -s.elements)]
+        try:
+            wait(futures)
+        except BaseException:
+            job.stop.set()
+            raise
+    for future in futures:
+        future.result()
+
+
+def _merge_step(job: Job, step: Step) -> dict[str, Any]:
+    """Computes and writes one tensor; returns its line of the record."""
+    method, space = methods.get(step.method), job.space
+    statistics, notes = reductions.statistics_of(method, step, job.plan.sources, space, job.thresholds.get(step.group))
+    reader, tally = Reader(step, job.plan.sources, space), Tally()
+    row_shape = step.shape[1:] if method.grain == "row" else ()
+    for start, stop in cuts(step):
+        if job.stop.is_set():
+            raise InterruptedError("another worker failed")
+        given = inputs_of(method, reader, start, stop, statistics)
+        shape = step.shape if method.grain == "tensor" else (-1, *row_shape) if row_shape else (stop - start,)
+        result = apply(method, given, step.knobs, shape, job.device, space)
+        raw = cast(result, given["base"], method.returns_delta, step.dtype, tally, space, f"tensor {step.name!r}")
+        job.sink.write(step.name, start, raw)
+    return {"method": step.method, **tally.record(step.elements), **notes}
+
+
+def _copy_step(job: Job, step: Step) -> dict[str, Any]:
+    """Copies one tensor, bit for bit unless the output's dtype is another."""
+    assert step.base is not None
+    feed = open_feed(step.base, job.plan.sources, np.float64)
+    assert feed.info is not None
+    same, space, tally = feed.info.dtype == step.dtype, job.space, Tally()
+    reader = None if same else Reader(step, job.plan.sources, space)
+    for start, stop in cuts(step):
+        if reader is None:
+            job.sink.write(step.name, start, _raw(feed, start, stop, space))
+            continue
+        wide = reader.read_base(start, stop)
+        assert wide is not None
+        job.sink.write(step.name, start, cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}"))
+    return {"method": "", **tally.record(step.elements)}
+
+
+def _raw(feed: Feed, start: int, stop: int, space: Workspace) -> np.ndarray:
+    return feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
+
+
+def sources_of(plan: Plan) -> tuple[Checkpoint | Any, ...]:
+    """The opened sources of a plan, in order."""
+    return tuple(named.source for named in plan.sources)
+
+
+__all__ = ["Input", "Job", "Progress", "check_device", "execute"]

@@ -1,0 +1,119 @@
+"""What stands beside the weights: the record `graft.json`, the model card, and what is taken over from the like model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import graftkit
+from graftkit.checkpoints.headers import DTYPE_NAMES
+from graftkit.checkpoints.sources import read_json
+from graftkit.recipes.plan import Plan
+
+FILE = "graft.json"
+TAKEN = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+"""Endings of the small files that an output takes over from the model that it is like: configuration, tokenizer,
+chat template, processor, and code that the model's own config refers to (copied, never run)."""
+LEFT = ("graft.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "training_args.json", "trainer_state.json", "adapter_config.json")
+LARGEST = 256 << 20  # bytes; what is larger is no configuration
+
+
+def build(
+    plan: Plan,
+    done: Mapping[str, Mapping[str, Any]],
+    stages: Sequence[Mapping[str, Any]],
+    seconds: float,
+    resumed: int,
+    workers: int,
+    device: str,
+) -> dict[str, Any]:
+    """The record of a merge: recipe, plan, inputs by content, versions, time and memory, and every tensor."""
+    return {
+        "format": 1,
+        "graftkit": graftkit.__version__,
+        "recipe": plan.recipe.to_dict(),
+        "recipe_yaml": plan.recipe.to_yaml(),
+        "plan": {"hash": plan.hash, "steps": len(plan.steps), "bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written},
+        "inputs": [
+            {"role": n.role, "source": n.name, "kind": n.kind, "fingerprint": n.fingerprint, "directory": str(n.source.directory.resolve())}
+            for n in plan.sources
+        ],
+        "like": plan.sources[plan.like].name,
+        "notes": list(plan.notes),
+        "versions": versions(),
+        "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
+        "execution": {
+            "workers": workers,
+            "device": device,
+            "resumed_steps": resumed,
+            "seconds": round(seconds, 4),
+            "peak_memory_bytes": peak_memory(),
+            "stages": list(stages),
+        },
+        "tensors": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), **done[s.name]} for s in plan.steps],
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computes; torch only where it was used."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "graftkit": graftkit.__version__}
+    for package in ("numpy", "numba", "torch"):
+        used = package in sys.modules
+        found[package] = metadata.version(package) if used else None
+    return found
+
+
+def peak_memory() -> int:
+    """The most resident memory that this process has had, mapped pages included, in bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def side_files(plan: Plan, made: Mapping[str, Any]) -> dict[str, bytes]:
+    """Everything beside the weights, by name."""
+    directory = plan.sources[plan.like].source.directory
+    taken = {
+        path.name: path.read_bytes()
+        for path in sorted(directory.iterdir())
+        if path.suffix in TAKEN and path.name not in LEFT and path.is_file() and path.stat().st_size <= LARGEST
+    }
+    if "config.json" in taken and plan.recipe.output.dtype:
+        taken["config.json"] = _with_dtype(read_json(directory / "config.json"), plan.recipe.output.dtype)
+    taken["README.md"] = card(plan, made).encode()
+    taken[FILE] = (json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode()
+    return taken
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
+    """A config that names the output's dtype, under the key that it already uses (old: `torch_dtype`), nested ones too."""
+    assert dtype in DTYPE_NAMES
+
+    def changed(part: dict[str, Any], top: bool) -> dict[str, Any]:
+        named = {k: (dtype if k in ("dtype", "torch_dtype") else v) for k, v in part.items()}
+        nested = {k: changed(v, False) if isinstance(v, dict) and k.endswith("_config") else v for k, v in named.items()}
+        return nested if not top or {"dtype", "torch_dtype"} & set(nested) else {**nested, "dtype": dtype}
+
+    return (json.dumps(changed(config, True), indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def card(plan: Plan, made: Mapping[str, Any]) -> str:
+    """The model card: what was merged, how, and the recipe that makes it again."""
+    models = "\n".join(f"- {n.role}: `{n.name}` ({n.kind}, content {n.fingerprint[:12]})" for n in plan.sources)
+    base = [n.name for n in plan.sources if n.kind == "checkpoint" and not n.name.startswith((".", "/")) and n.name.count("/") == 1]
+    front = "---\nlibrary_name: transformers\ntags:\n- merge\n- graftkit\n"
+    front += "base_model:\n" + "".join(f"- {name}\n" for name in base) if base else ""
+    return (
+        f"{front}---\n# A merge by {plan.recipe.method}\n\nMade by graftkit {graftkit.__version__} from\n\n{models}\n\n"
+        f"```yaml\n{made['recipe_yaml']}```\n\nPlan {plan.hash}. What was done to each tensor stands in `{FILE}`.\n"
+    )

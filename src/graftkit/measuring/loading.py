@@ -1,0 +1,148 @@
+"""Models to be measured: a checkpoint directory or hub id, an adapter on its base, or a live model as it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from graftkit.errors import CheckpointError, DataError, missing_extra
+
+LiveModel = tuple[str, Any, Any]
+"""A name, a `transformers` causal language model, and its tokenizer."""
+
+ModelLike = str | Path | LiveModel
+"""A checkpoint directory, an adapter directory, a hub id, or a live model."""
+
+
+def model_names(models: Sequence[ModelLike]) -> tuple[str, ...]:
+    """A name for each model: its directory's, with as many parents as tell them apart. Refuses a model given twice."""
+    paths = [(model[0],) if isinstance(model, tuple) else _parts(model) for model in models]
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise DataError(f"two models are called {'/'.join(twice)!r}; give each once, and live models different names")
+    return tuple("/".join(path[-_depth(path, paths) :]) for path in paths)
+
+
+def source_of(model: ModelLike) -> str:
+    """Where a model comes from, as text."""
+    return "in memory" if isinstance(model, tuple) else str(model)
+
+
+@contextmanager
+def opened(
+    model: ModelLike, *, device: str, dtype: str, adapter_base: str | Path | None = None
+) -> Iterator[tuple[Any, Any]]:
+    """A model in evaluation mode and its tokenizer; a live model stays where it is, and gets its mode back afterwards.
+
+    Raises CheckpointError where nothing can be loaded, GraftError where an adapter needs the extra `lora`, DataError
+    for a live model with learned prompts.
+    """
+    if not isinstance(model, tuple):
+        live, tokenizer = _load(str(model), device, dtype, None if adapter_base is None else str(adapter_base))
+        yield live, tokenizer
+        return
+    _, live, tokenizer = model
+    training = live.training
+    live.eval()
+    try:
+        yield _unwrapped(live), tokenizer
+    finally:
+        live.train(training)
+
+
+def default_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_dtype(device: str) -> str:
+    """float32 on a CPU (where bfloat16 is slower), bfloat16 on a GPU."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def _load(source: str, device: str, dtype: str, adapter_base: str | None) -> tuple[Any, Any]:
+    import torch
+
+    config = Path(source) / "adapter_config.json"
+    if not config.is_file():
+        return _pretrained(source, dtype).to(device).eval(), _tokenizer(source)
+    base = adapter_base or json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{source}: this adapter does not name its base; give it as adapter_base")
+    # The delta is added in float32 and rounded once, as a merge would do it.
+    merged = _adapted(_pretrained(base, "float32"), source)
+    has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
+    return merged.to(device=device, dtype=getattr(torch, dtype)).eval(), _tokenizer(source if has_tokenizer else base)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The `transformers` model inside a PEFT one, its adapter's layers in place."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise DataError("a model with learned prompts cannot be evaluated; only adapters of weights can")
+    return model.get_base_model()
+
+
+def _adapted(model: Any, adapter: str) -> Any:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise missing_extra("lora", "peft") from error
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def _pretrained(source: str, dtype: str) -> Any:
+    import torch
+    import transformers
+    from transformers.utils import logging
+
+    _refuse_missing(source)
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    key = "dtype" if version >= (4, 56) else "torch_dtype"
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(source, **{key: getattr(torch, dtype)})
+    except OSError as error:
+        raise CheckpointError(f"{source}: {_first_line(error)}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source}: no tokenizer: {_first_line(error)}") from error
+
+
+def _refuse_missing(source: str) -> None:
+    path = Path(source)
+    looks_local = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise CheckpointError(f"{source}: no such directory; a model is a checkpoint or adapter directory or a hub id")
+
+
+def _parts(model: str | Path) -> tuple[str, ...]:
+    parts = Path(model).parts
+    return parts if parts else (str(model),)
+
+
+def _depth(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> int:
+    """How many trailing parts tell a path from all the others."""
+    others = [other for other in paths if other != path]
+    depths = range(1, len(path) + 1)
+    return next((depth for depth in depths if all(path[-depth:] != other[-depth:] for other in others)), len(path))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

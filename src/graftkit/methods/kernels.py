@@ -1,0 +1,206 @@
+"""Compiled twins of the methods, for the hot path: the same mathematics on numpy arrays, one block at a time.
+
+A twin takes what its method reads, flattened to [models, n] float32 or float64, the method's knobs, and `out` [n],
+which it fills. `deltas` and `models` are the engine's scratch and may be overwritten. The torch function stays the
+reference; a test holds the two within one unit of the output's last place. Compiled by numba without fast-math.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from graftkit.methods.averages import slerp_coefficients
+from graftkit.methods.random import MULTIPLIERS, ROUNDS, WEYL, Keyed
+
+JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+CHUNK = 2048  # entries that an election handles at once: its accumulators stay in the first-level cache
+
+Value = float | Sequence[float]
+
+
+def average(models: np.ndarray, *, weight: Value, normalize: bool, out: np.ndarray) -> None:
+    """Twin of `averages.average`."""
+    weights = _per_model(weight, models)
+    _weighted_sum(models, weights, models.dtype.type(weights.sum() if normalize else 1), out)
+
+
+def slerp(models: np.ndarray, norms: np.ndarray, dots: np.ndarray, *, t: float, out: np.ndarray) -> None:
+    """Twin of `averages.slerp`."""
+    factors = slerp_coefficients(norms.tolist(), dots.tolist(), t)
+    _weighted_sum(models, np.asarray(factors, models.dtype), models.dtype.type(1), out)
+
+
+def passthrough(models: np.ndarray, *, take: int, scale: float, out: np.ndarray) -> None:
+    """Twin of `averages.passthrough`."""
+    np.multiply(models[take], models.dtype.type(scale), out=out)
+
+
+def task_arithmetic(deltas: np.ndarray, *, weight: Value, scale: float, normalize: bool, out: np.ndarray) -> None:
+    """Twin of `arithmetic.task_arithmetic`."""
+    weights = _per_model(weight, deltas)
+    divisor = weights.sum() if normalize else deltas.dtype.type(1)
+    _weighted_sum(deltas, weights * deltas.dtype.type(scale), divisor, out)
+
+
+def ties(
+    deltas: np.ndarray,
+    threshold: np.ndarray,
+    *,
+    weight: Value,
+    density: Value,
+    scale: float,
+    scope: str,
+    combine: str,
+    weighted_election: bool,
+    out: np.ndarray,
+) -> None:
+    """Twin of `arithmetic.ties`; `density` and `scope` are in the threshold already."""
+    weights = _per_model(weight, deltas)
+    votes = weights if weighted_election else np.ones_like(weights)
+    limits = threshold.astype(np.float32)
+    _elect(deltas, limits, weights, votes, combine == "mean", deltas.dtype.type(scale), out)
+
+
+def dare(
+    deltas: np.ndarray,
+    rng: Keyed,
+    *,
+    weight: Value,
+    density: Value,
+    scale: float,
+    elect: str,
+    rescale: bool,
+    out: np.ndarray,
+) -> None:
+    """Twin of `arithmetic.dare`; drops in place."""
+    weights, dtype = _per_model(weight, deltas), deltas.dtype
+    for t, share in enumerate(np.broadcast_to(np.asarray(density, np.float64), len(deltas)).tolist()):
+        factor = dtype.type(1 / share if rescale and share > 0 else 1)
+        if share < 1:
+            cut = np.uint64(math.ceil(share * 2**32))
+            _drop(deltas[t], np.uint64(rng.keys[t]), np.uint64(rng.start), cut, factor)
+    if elect == "sign":
+        limits = np.zeros(len(deltas), np.float32)
+        _elect(deltas, limits, weights, np.ones_like(weights), True, dtype.type(scale), out)
+    else:
+        _weighted_sum(deltas, weights * dtype.type(scale), dtype.type(1), out)
+
+
+def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:
+    return np.array(np.broadcast_to(np.asarray(value, stack.dtype), len(stack)))
+
+
+@njit(**JIT)
+def _weighted_sum(stack, weights, divisor, out):  # type: ignore[no-untyped-def]
+    for i in range(out.size):
+        out[i] = weights[0] * stack[0, i]
+    for t in range(1, stack.shape[0]):
+        weight = weights[t]
+        for i in range(out.size):
+            out[i] += weight * stack[t, i]
+    if divisor != 1:
+        for i in range(out.size):
+            out[i] /= divisor
+
+
+@njit(**JIT)
+def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no-untyped-def]
+    total, share = np.empty(CHUNK, out.dtype), np.empty(CHUNK, out.dtype)
+    for first in range(0, out.size, CHUNK):
+        merged = out[first : first + CHUNK]
+        n = merged.size
+        total[:] = 0
+        share[:] = 0
+        merged[:] = 0
+        for t in range(deltas.shape[0]):
+            _trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total[:n])
+        for t in range(deltas.shape[0]):
+            _add_agreeing(deltas[t, first : first + n], total[:n], weights[t], merged, share[:n])
+        _divide(merged, share[:n], mean, scale)
+
+
+@njit(**JIT)
+def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
+    for i in range(total.size):
+        d = deltas[i]
+        kept = d if np.float32(abs(d)) >= limit else d - d
+        deltas[i] = kept
+        total[i] += vote * kept
+
+
+@njit(**JIT)
+def _add_agreeing(deltas, total, weight, merged, share):  # type: ignore[no-untyped-def]
+    none = weight - weight
+    for i in range(merged.size):
+        d = deltas[i]
+        agrees = ((d > 0) & (total[i] >= 0)) | ((d < 0) & (total[i] < 0))
+        factor = weight if agrees else none
+        merged[i] += factor * d
+        share[i] += factor
+
+
+@njit(**JIT)
+def _divide(merged, share, mean, scale):  # type: ignore[no-untyped-def]
+    one = scale - scale + 1
+    if mean:
+        for i in range(merged.size):
+            merged[i] /= share[i] if share[i] != 0 else one
+    for i in range(merged.size):
+        merged[i] *= scale
+
+
+@njit(**JIT)
+def _drop(values, key, start, cut, factor):  # type: ignore[no-untyped-def]
+    words = np.empty(CHUNK + 8, np.uint32)
+    skip = np.int64(start % np.uint64(4))
+    for first in range(0, values.size, CHUNK):
+        part = values[first : first + CHUNK]
+        _philox_words(key, (start + np.uint64(first)) // np.uint64(4), (part.size + skip + 3) // 4, words)
+        _keep_below(part, words[skip : skip + part.size], cut, factor)
+
+
+@njit(**JIT)
+def _keep_below(values, words, cut, factor):  # type: ignore[no-untyped-def]
+    highest = np.uint32(cut - np.uint64(1)) if cut > np.uint64(0) else np.uint32(0)
+    factor = factor if cut > np.uint64(0) else factor - factor
+    none = factor - factor
+    for i in range(values.size):
+        values[i] *= factor if words[i] <= highest else none
+
+
+@njit(**JIT)
+def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
+    return (p1 >> half) ^ c1 ^ k0, p1 & mask, (p0 >> half) ^ c3 ^ k1, p0 & mask
+
+
+@njit(**JIT)
+def _philox_words(key, first, blocks, words):  # type: ignore[no-untyped-def]
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    k0, k1 = np.empty(ROUNDS, np.uint64), np.empty(ROUNDS, np.uint64)
+    for r in range(ROUNDS):
+        k0[r] = ((key & mask) + np.uint64(r) * np.uint64(WEYL[0])) & mask
+        k1[r] = ((key >> half) + np.uint64(r) * np.uint64(WEYL[1])) & mask
+    for b in range(blocks):
+        counter = first + np.uint64(b)
+        c0, c1, c2, c3 = counter & mask, counter >> half, np.uint64(0), np.uint64(0)
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[0], k1[0])  # written out: only then are blocks vectorised
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[1], k1[1])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[2], k1[2])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[3], k1[3])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[4], k1[4])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[5], k1[5])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[6], k1[6])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[7], k1[7])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[8], k1[8])
+        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[9], k1[9])
+        words[4 * b] = np.uint32(c0)
+        words[4 * b + 1] = np.uint32(c1)
+        words[4 * b + 2] = np.uint32(c2)
+        words[4 * b + 3] = np.uint32(c3)

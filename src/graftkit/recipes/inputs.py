@@ -1,0 +1,158 @@
+"""The models of a recipe, opened: each distinct one once, in the recipe's order, with its name and its content's hash."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graftkit.checkpoints.adapters import Adapter
+from graftkit.checkpoints.headers import ITEMSIZE, METADATA, TensorInfo, encode_header
+from graftkit.checkpoints.resolve import Source, directory_of, open_source
+from graftkit.checkpoints.sources import Checkpoint
+from graftkit.errors import CheckpointError, PlanError
+from graftkit.methods.random import key_of
+from graftkit.recipes.recipe import Recipe
+
+if TYPE_CHECKING:
+    from graftkit.recipes.plan import Plan
+
+
+@dataclass(frozen=True)
+class Named:
+    """An opened source, what the recipe calls it, its part (`base` or `model`), and its content's fingerprint.
+
+    `nested` is the plan that makes it, for a source that is another recipe's result.
+    """
+
+    name: str
+    role: str
+    source: Source
+    fingerprint: str
+    nested: Plan | None = None
+
+    @property
+    def kind(self) -> str:
+        """`checkpoint`, `adapter` or `recipe`."""
+        return "recipe" if self.nested else self.source.kind
+
+    @property
+    def label(self) -> str:
+        """How messages call it."""
+        return f"{self.role} {self.name!r}"
+
+
+PlanNested = Callable[[Path], "Plan"]
+
+
+def open_all(
+    recipe: Recipe, allow_pickle: bool, plan_nested: PlanNested
+) -> tuple[tuple[Named, ...], int | None, tuple[int, ...]]:
+    """The sources, the index of the base among them, and for each of the recipe's models its index.
+
+    A model that stands twice is opened once. Without a `base:`, adapters stand on the base that they record.
+    """
+    sources: list[Named] = []
+    places: dict[Path, int] = {}
+
+    def add(name: str, part: str) -> int:
+        file = _recipe_file(name, recipe.directory)
+        path = file or directory_of(name, recipe.directory)
+        if path.resolve() not in places:
+            places[path.resolve()] = len(sources)
+            sources.append(_nested(name, part, plan_nested(file)) if file else _opened(name, part, path, allow_pickle))
+        return places[path.resolve()]
+
+    base = add(recipe.base, "base") if recipe.base is not None else None
+    if base is not None and isinstance(sources[base].source, Adapter):
+        raise PlanError(f"recipe.base: {recipe.base!r} is an adapter; the base is a whole checkpoint")
+    entries = tuple(add(entry.model, "model") for entry in recipe.models)
+    if base is None:
+        base = _recorded_base(sources, add)
+    return tuple(sources), base, entries
+
+
+def _opened(name: str, part: str, directory: Path, allow_pickle: bool) -> Named:
+    source = open_source(directory, allow_pickle=allow_pickle)
+    return Named(name, part, source, source.fingerprint())
+
+
+def _recipe_file(name: str, directory: Path) -> Path | None:
+    if not name.endswith((".yaml", ".yml")):
+        return None
+    found = next((path for path in (directory / name, Path(name)) if path.is_file()), None)
+    if found is None:
+        raise PlanError(f"model {name!r}: no such recipe in {directory} or here")
+    return found
+
+
+def _nested(name: str, part: str, nested: Plan) -> Named:
+    """A recipe as a source: its tensors are known from its plan, at the offsets that they will have in the cache."""
+    directory = cache_directory() / "merges" / nested.hash
+    tensors: dict[str, TensorInfo] = {}
+    for shard in nested.shards:
+        offsets = encode_header([(s.name, s.dtype, s.shape) for s in shard.steps], METADATA)[1]
+        for s in shard.steps:
+            size = s.elements * ITEMSIZE[s.dtype]
+            tensors[s.name] = TensorInfo(s.name, s.dtype, s.shape, directory / shard.file, offsets[s.name], offsets[s.name] + size)
+    config = nested.sources[nested.like].source.config
+    return Named(name, part, Checkpoint(directory, tensors, config), nested.hash, nested)
+
+
+def cache_directory() -> Path:
+    """Where results that can be made again are kept: `$GRAFTKIT_CACHE`, else `~/.cache/graftkit`."""
+    return Path(os.environ.get("GRAFTKIT_CACHE") or Path.home() / ".cache" / "graftkit")
+
+
+def _recorded_base(sources: list[Named], add: Callable[[str, str], int]) -> int | None:
+    """Opens the base that the recipe's adapters record, when the recipe names none and there are adapters."""
+    recorded = {s.source.base_name for s in sources if isinstance(s.source, Adapter)}
+    if not recorded:
+        return None
+    if len(recorded) > 1 or not min(recorded):
+        raise PlanError(f"recipe.base is missing: the adapters record different bases ({', '.join(sorted(recorded)) or 'none'})")
+    try:
+        return add(recorded.pop(), "base")
+    except CheckpointError as error:
+        raise PlanError(f"recipe.base is missing, and the base that the adapters record is not here: {error}") from error
+
+
+def check_base(recipe: Recipe, adapter: Named, base: Named) -> None:
+    """Refuses an adapter that records a base of another name, unless the recipe says `accept_base: true`."""
+    recorded = adapter.source.base_name if isinstance(adapter.source, Adapter) else ""
+    own = (base.name, str(base.source.directory.resolve()), str(base.source.config.get("_name_or_path", "")))
+    if recorded and not recipe.accept_base and _last(recorded) not in map(_last, own):
+        raise PlanError(
+            f"{adapter.label} was trained on {recorded!r}, the recipe's base is {base.name!r}; "
+            "if they are the same weights, say `accept_base: true`"
+        )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").partition("@")[0].rpartition("/")[2].lower()
+
+
+def keys(recipe: Recipe, sources: tuple[Named, ...], entries: tuple[int, ...], tensor: str) -> tuple[int, ...]:
+    """The random streams of one tensor: by seed, each model's content and occurrence, and the tensor's name."""
+    seen: dict[str, int] = {}
+    result = []
+    for entry in entries:
+        content = sources[entry].fingerprint
+        result.append(key_of(recipe.seed, content, seen.setdefault(content, 0), tensor))
+        seen[content] += 1
+    return tuple(result)
+
+
+def notes(recipe: Recipe, sources: tuple[Named, ...]) -> tuple[str, ...]:
+    """What a reader of the plan should know although nothing is wrong."""
+    found = []
+    if recipe.accept_base:
+        others = {s.source.base_name for s in sources if isinstance(s.source, Adapter)}
+        found += [f"accept_base: adapters trained on {name!r} are applied to {recipe.base!r}" for name in sorted(others) if name]
+    base = next((s for s in sources if s.role == "base" and isinstance(s.source, Checkpoint)), None)
+    if base:
+        found += [f"{s.label} has the same content as the base: its delta is zero" for s in sources
+                  if s is not base and s.fingerprint == base.fingerprint]  # fmt: skip
+    return tuple(found)

@@ -1,0 +1,132 @@
+"""Which input tensor feeds which output tensor: names, roles, layers, ties and wrappers, read off headers.
+
+The output takes its names from one model (`like`), verbatim. Every other model must offer each of them: under the same
+name, under one prefix that all its names share or lack (`model.`), or through a tie (an output embedding that is not on
+disk is the input embedding). What fits none of these is refused by name; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from graftkit.checkpoints.adapters import Adapter
+from graftkit.checkpoints.headers import TensorInfo
+from graftkit.checkpoints.sources import Checkpoint
+from graftkit.errors import PlanError
+from graftkit.recipes.recipe import Where
+
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$")
+"""Constants that old checkpoints carry along; they are computed, not learnt, so a model may lack them."""
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+_ROLES = (
+    ("embedding", re.compile(r"(embed_tokens|wte|wpe|word_embeddings|tok_embeddings|embed_in|embed_positions)\.weight$")),
+    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")),
+    ("norm", re.compile(r"(norm|layernorm|ln_\w+|ln)\d*\.(weight|bias)$", re.IGNORECASE)),
+    ("attention", re.compile(r"(attn|attention)", re.IGNORECASE)),
+    ("mlp", re.compile(r"(mlp|feed_forward|ffn|experts|\.fc\d)", re.IGNORECASE)),
+)
+
+
+def role(name: str) -> str:
+    """What a tensor is for: attention, mlp, embedding, head, norm or other."""
+    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+
+
+def layer(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to; None outside the stack."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else None
+
+
+def matches(where: Where, name: str) -> bool:
+    """Whether a rule's condition holds for an output tensor."""
+    patterns = [where.name] if isinstance(where.name, str) else where.name
+    roles = [where.role] if isinstance(where.role, str) else where.role
+    return (
+        (patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns))
+        and (roles is None or role(name) in roles)
+        and (where.layer_numbers is None or layer(name) in where.layer_numbers)
+    )
+
+
+def match_checkpoint(wanted: Mapping[str, TensorInfo], source: Checkpoint, label: str) -> dict[str, str]:
+    """For every wanted output tensor, the name under which the model holds it.
+
+    Raises PlanError when tensors are missing, when shapes differ, or when the model has tensors that have no place.
+    """
+    held = source.tensors
+    prefix_out, prefix_in = _prefixes(wanted, held)
+    found, missing = {}, []
+    for name in wanted:
+        candidate = prefix_in + name.removeprefix(prefix_out) if prefix_out or prefix_in else name
+        candidate = next((n for n in (name, candidate, _tied(name, held)) if n in held), "")
+        if candidate:
+            found[name] = candidate
+        elif not BUFFERS.search(name):
+            missing.append(name)
+    if missing:
+        raise PlanError(f"{label} lacks {_some(missing)}; all models of a merge need the same tensors")
+    _check_shapes(wanted, {name: held[other].shape for name, other in found.items()}, label)
+    surplus = [n for n in held if n not in set(found.values()) and not BUFFERS.search(n) and not _is_tie(n, source)]
+    if surplus:
+        raise PlanError(f"{label} has {_some(surplus)}, for which the output has no place; choose it with output.like, or leave it out")
+    return found
+
+
+def match_adapter(wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str) -> dict[str, str]:
+    """For every output tensor that the adapter changes, the adapter's own name of it.
+
+    Raises PlanError when a module has no place in the output, or when shapes do not fit.
+    """
+    names = [*adapter.factors, *adapter.tensors]
+    found = {}
+    for name in names:
+        places = [name] if name in wanted else [w for w in wanted if w.endswith("." + name) or name.endswith("." + w)]
+        if len(places) != 1:
+            verdict = "is in several places" if places else "is not"
+            raise PlanError(f"{label} adapts {name!r}, which {verdict} in the output's model: is it the adapter's base?")
+        found[places[0]] = name
+    shapes = {w: adapter.factors[n].shape if n in adapter.factors else adapter.tensors[n].shape for w, n in found.items()}
+    _check_shapes(wanted, shapes, label)
+    return found
+
+
+def _check_shapes(wanted: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
+    for name, shape in shapes.items():
+        if shape != wanted[name].shape:
+            rows = role(name) in ("embedding", "head") and shape[1:] == wanted[name].shape[1:]
+            hint = "vocabularies differ, and rows are never cropped" if rows else "the models are not of one architecture"
+            raise PlanError(f"{label} has {name!r} as {list(shape)}, the output as {list(wanted[name].shape)}: {hint}")
+
+
+def _prefixes(wanted: Iterable[str], held: Iterable[str]) -> tuple[str, str]:
+    """The prefix that the output's names have and the model's lack, or the reverse: ("model.", "") say."""
+    ours, theirs = set(wanted), set(held)
+    for prefix in ("model.", "transformer.", "base_model.", "language_model."):
+        if not ours & theirs and any(prefix + name in ours for name in theirs):
+            return prefix, ""
+        if not ours & theirs and any(prefix + name in theirs for name in ours):
+            return "", prefix
+    return "", ""
+
+
+def _tied(name: str, held: Mapping[str, TensorInfo]) -> str:
+    """The input embedding, for an output embedding that is not on disk."""
+    if role(name) != "head" or not name.endswith(".weight"):
+        return ""
+    return next((other for other in held if role(other) == "embedding" and not other.endswith("wpe.weight")), "")
+
+
+def _is_tie(name: str, source: Checkpoint) -> bool:
+    """Whether a surplus output embedding is, by the model's config, only a copy of its input embedding."""
+    text = source.config.get("text_config") or source.config
+    return role(name) == "head" and bool(source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:3])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{len(names)} tensors ({shown}{more})" if len(names) > 1 else f"the tensor {shown}"

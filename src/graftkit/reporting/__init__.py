@@ -1,0 +1,1 @@
+"""Pictures and the HTML report; needs the extra `report` (matplotlib, jinja2)."""
