@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from graftkit.checkpoints import storage
-from graftkit.errors import NonFiniteError
+from graftkit.errors import GraftError, NonFiniteError
 from graftkit.execution.blocks import Workspace
 from graftkit.methods import Method
 
@@ -57,7 +57,10 @@ def apply(
 
     with torch.inference_mode():
         result = method.function(*(tensor(n, v) for n, v in zip(method.reads, arguments, strict=True)), **knobs)
-    return result.reshape(-1).cpu().numpy()  # type: ignore[no-any-return]
+    stack = next(given[name] for name in ("deltas", "models", "base") if given.get(name) is not None)
+    if result.numel() != stack.shape[-1]:
+        raise GraftError(f"method {method.name!r} returned {result.numel()} elements for {stack.shape[-1]}; a method keeps the shape")
+    return np.ascontiguousarray(result.reshape(-1).cpu().numpy(), stack.dtype)
 
 
 @dataclass
@@ -95,10 +98,10 @@ def cast(
         assert base is not None
         wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
     raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
-    if not storage.finite(raw, dtype):
-        raise NonFiniteError(f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype")
     back = storage.widen(raw, dtype, space.take("back", result.size, result.dtype))
     sums = _tally(wide, wide if base is None else base, back)
+    if not np.isfinite(sums[1]) and not storage.finite(raw, dtype):
+        raise NonFiniteError(f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype")
     tally.delta += float(sums[0])
     tally.lost += float(sums[1])
     tally.wanted += int(sums[2])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +18,15 @@ from typing import Any, Protocol
 import numpy as np
 
 from graftkit import methods
+from graftkit.checkpoints import storage
 from graftkit.checkpoints.sink import Sink
-from graftkit.checkpoints.sources import Checkpoint
-from graftkit.errors import GraftError, PlanError
+from graftkit.errors import CheckpointError, GraftError, PlanError
 from graftkit.execution import record, reductions
 from graftkit.execution.apply import Tally, apply, cast
-from graftkit.execution.blocks import Feed, Reader, Workspace, cuts, inputs_of, open_feed
+from graftkit.execution.blocks import Reader, Workspace, cuts, inputs_of, open_feed
 from graftkit.execution.reductions import Threshold
-from graftkit.recipes.plan import Input, Plan, Step
+from graftkit.recipes.plan import Plan, Step, plan
+from graftkit.recipes.recipe import Recipe
 
 RESIDENT = 350 << 20  # bytes that the interpreter, numpy and the compiled code occupy, measured, rounded up
 
@@ -35,6 +36,10 @@ class Progress(Protocol):
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """`done` of `total` bytes of a stage's inputs."""
+
+
+class _Stopped(Exception):
+    """Another worker failed; its error is the one to show."""
 
 
 @dataclass
@@ -68,7 +73,7 @@ class Job:
 
 
 def execute(
-    plan: Plan,
+    planned: Plan,
     out: str | Path,
     *,
     workers: int | None = None,
@@ -83,27 +88,30 @@ def execute(
     changes a byte of the output. A run that was interrupted goes on where it stopped.
     Raises PlanError, CheckpointError or OutputError; nothing stands under `out` unless all of it does.
     """
-    for named in plan.sources:
-        if named.nested and not (named.source.directory / record.FILE).is_file():
-            execute(named.nested, named.source.directory, workers=workers, memory=memory, device=device, overwrite=True, progress=progress)
     check_device(device)
-    started = time.perf_counter()
-    count = _allowed_workers(plan, workers or os.cpu_count() or 1, memory)
-    layout = [(shard.file, [(s.name, s.dtype, s.shape) for s in shard.steps]) for shard in plan.shards]
-    sink = Sink(Path(out), layout, plan.hash, overwrite=overwrite)
-    job = Job(plan, sink, count, device, progress)
-    resumed = len(sink.done)
+    machine: dict[str, Any] = {"workers": workers, "memory": memory, "device": device, "progress": progress}
+    for named in planned.sources:
+        if named.nested and not (named.source.directory / record.FILE).is_file():
+            execute(named.nested, named.source.directory, overwrite=True, **machine)
+    count = _allowed_workers(planned, workers or os.cpu_count() or 1, memory)
+    layout = [(shard.file, [(s.name, s.dtype, s.shape) for s in shard.steps]) for shard in planned.shards]
+    job = Job(planned, Sink(Path(out), layout, planned.hash, overwrite=overwrite), count, device, progress)
     try:
-        stages = [_stage(job, name) for name in plan.stages]
-        seconds = time.perf_counter() - started
-        made = record.build(plan, sink.done, stages, seconds, resumed, count, device)
-        for name, content in record.side_files(plan, made).items():
-            sink.add_file(name, content)
-        sink.complete()
+        return _run(job)
     finally:
-        sink.close()
-        for named in plan.sources:
+        job.sink.close()
+        for named in planned.sources:
             named.source.close()
+
+
+def _run(job: Job) -> dict[str, Any]:
+    started, resumed = time.perf_counter(), len(job.sink.done)
+    stages = [_stage(job, name) for name in job.plan.stages]
+    seconds = time.perf_counter() - started
+    made = record.build(job.plan, job.sink.done, stages, seconds, resumed, job.workers, job.device)
+    for name, content in record.side_files(job.plan, made).items():
+        job.sink.add_file(name, content)
+    job.sink.complete()
     return made
 
 
@@ -205,8 +213,9 @@ def _on_workers(job: Job, run: Callable[[Step], None], steps: Sequence[Step]) ->
         except BaseException:
             job.stop.set()
             raise
-    for future in futures:
-        future.result()
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise next((error for error in errors if not isinstance(error, _Stopped)), errors[0])
 
 
 def _merge_step(job: Job, step: Step) -> dict[str, Any]:
@@ -217,7 +226,7 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     row_shape = step.shape[1:] if method.grain == "row" else ()
     for start, stop in cuts(step):
         if job.stop.is_set():
-            raise InterruptedError("another worker failed")
+            raise _Stopped
         given = inputs_of(method, reader, start, stop, statistics)
         shape = step.shape if method.grain == "tensor" else (-1, *row_shape) if row_shape else (stop - start,)
         result = apply(method, given, step.knobs, shape, job.device, space)
@@ -227,29 +236,27 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
 
 
 def _copy_step(job: Job, step: Step) -> dict[str, Any]:
-    """Copies one tensor, bit for bit unless the output's dtype is another."""
+    """Copies one tensor, bit for bit unless the output's dtype is another; refuses copies that differ among the models."""
     assert step.base is not None
-    feed = open_feed(step.base, job.plan.sources, np.float64)
+    feed, *twins = (open_feed(part, job.plan.sources, np.float64) for part in (step.base, *step.models))
     assert feed.info is not None
-    same, space, tally = feed.info.dtype == step.dtype, job.space, Tally()
-    reader = None if same else Reader(step, job.plan.sources, space)
+    space, tally, dtype = job.space, Tally(), feed.info.dtype
     for start, stop in cuts(step):
-        if reader is None:
-            job.sink.write(step.name, start, _raw(feed, start, stop, space))
-            continue
-        wide = reader.read_base(start, stop)
-        assert wide is not None
-        job.sink.write(step.name, start, cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}"))
+        raw = feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
+        for twin in twins:
+            if not np.array_equal(raw, twin.raw(start, stop, space.take("twin", (stop - start) * 8, np.uint8))):
+                raise CheckpointError(f"{twin.label}: {step.name!r} ({dtype}) differs from {feed.label}'s, and integers are not merged")
+        if dtype != step.dtype:
+            wide = storage.widen(raw, dtype, space.take("base", stop - start, storage.compute_dtype(step.dtype)))
+            raw = cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}")
+        job.sink.write(step.name, start, raw)
     return {"method": "", **tally.record(step.elements)}
 
 
-def _raw(feed: Feed, start: int, stop: int, space: Workspace) -> np.ndarray:
-    return feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
+def merge(recipe: Recipe | Mapping[str, Any] | str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
+    """Plans and carries out a recipe: `merge("recipe.yaml", "out", workers=2)`.
 
-
-def sources_of(plan: Plan) -> tuple[Checkpoint | Any, ...]:
-    """The opened sources of a plan, in order."""
-    return tuple(named.source for named in plan.sources)
-
-
-__all__ = ["Input", "Job", "Progress", "check_device", "execute"]
+    `options` are those of `execute`, and `allow_pickle` and `full_hash` of `plan`. Returns the record.
+    """
+    opening = {name: options.pop(name) for name in ("allow_pickle", "full_hash") if name in options}
+    return execute(plan(recipe, **opening), out, **options)

@@ -11,7 +11,7 @@ import numpy as np
 from graftkit.errors import DataError
 from graftkit.measuring.resampling import Array, interval, resampled_sums
 from graftkit.measuring.results import Evaluation, TaskSummary, parts_of
-from graftkit.measuring.table import Column, Table, Value
+from graftkit.measuring.table import Cell, Column, Table, Value
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def normalised_table(evaluation: Evaluation) -> Table:
     found = {model: normalised_scores(evaluation, model) for model in evaluation.models}
     names = list(next(iter(found.values())))
     columns = (Column("model"), *(Column(name, better="higher", digits=2) for name in names))
-    rows = tuple((model, *(scores[name] for name in names)) for model, scores in found.items())
+    rows: list[tuple[Cell, ...]] = [(model, *(scores[name] for name in names)) for model, scores in found.items()]
     # Whether a task has scores depends on its base and expert only, so any model tells.
     unclear = [name for name in names if name != "mean" and math.isnan(found[evaluation.models[0]][name].value)]
     note = "0 is the base, 1 the task's expert"
     if unclear:
         note += f"; no score on {', '.join(unclear)}, nor in the mean: the expert does not differ clearly from the base"
-    return Table(columns, rows, note=note)
+    return Table(columns, tuple(rows), note=note)
 
 
 def _difference(evaluation: Evaluation, task: TaskSummary, model: str, other: str) -> Difference:

@@ -56,13 +56,17 @@ def score_task(
 
 
 def choose_scorer(model: Any, rows: Sequence[Row]) -> Scorer:
-    """A scorer with those savings that agree with the plain way, tried on a short start and on the longest row."""
+    """A scorer with those savings that agree with the plain way, tried on two rows.
+
+    Sharing is tried on the longest row where attention has a window, which only a long row would show, else on the
+    shortest.
+    """
     head_only = _has_plain_head(model) and _agree(Scorer(model), Scorer(model, head_only=True), [_start(rows[0])])
     several = [row for row in rows if len(row.answers) > 1]
     if not several or not _takes_layout(model):
         return Scorer(model, head_only)
-    longest = max(several, key=lambda row: row.length)
-    shared = _agree(Scorer(model, head_only), Scorer(model, head_only, shared=True), [longest])
+    tried = (max if _has_window(model) else min)(several, key=lambda row: row.length)
+    shared = _agree(Scorer(model, head_only), Scorer(model, head_only, shared=True), [tried])
     return Scorer(model, head_only, shared)
 
 
@@ -167,6 +171,11 @@ def _has_plain_head(model: Any) -> bool:
     backbone = getattr(model, "base_model", model)
     capped = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return head is not None and backbone is not model and not capped
+
+
+def _has_window(model: Any) -> bool:
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
 
 
 def _context(model: Any) -> int | None:

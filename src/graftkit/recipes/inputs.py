@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.headers import ITEMSIZE, METADATA, TensorInfo, encode_header
 from graftkit.checkpoints.resolve import Source, directory_of, open_source
-from graftkit.checkpoints.sources import Checkpoint
+from graftkit.checkpoints.sources import Checkpoint, full_hash
 from graftkit.errors import CheckpointError, PlanError
 from graftkit.methods.random import key_of
 from graftkit.recipes.recipe import Recipe
@@ -44,12 +44,22 @@ class Named:
         return f"{self.role} {self.name!r}"
 
 
-PlanNested = Callable[[Path], "Plan"]
+@dataclass(frozen=True)
+class Opening:
+    """How sources are opened: pickles or not, fingerprints by every byte or by samples, and how a recipe is planned."""
+
+    allow_pickle: bool
+    full_hash: bool
+    plan_nested: Callable[[Path], Plan]
+
+    def directory(self, name: str, part: str, directory: Path) -> Named:
+        """Opens a checkpoint or an adapter."""
+        source = open_source(directory, allow_pickle=self.allow_pickle)
+        files = source.store.files if isinstance(source, Adapter) else source.files
+        return Named(name, part, source, full_hash(files) if self.full_hash else source.fingerprint())
 
 
-def open_all(
-    recipe: Recipe, allow_pickle: bool, plan_nested: PlanNested
-) -> tuple[tuple[Named, ...], int | None, tuple[int, ...]]:
+def open_all(recipe: Recipe, opening: Opening) -> tuple[tuple[Named, ...], int | None, tuple[int, ...]]:
     """The sources, the index of the base among them, and for each of the recipe's models its index.
 
     A model that stands twice is opened once. Without a `base:`, adapters stand on the base that they record.
@@ -62,7 +72,8 @@ def open_all(
         path = file or directory_of(name, recipe.directory)
         if path.resolve() not in places:
             places[path.resolve()] = len(sources)
-            sources.append(_nested(name, part, plan_nested(file)) if file else _opened(name, part, path, allow_pickle))
+            made = _nested(name, part, opening.plan_nested(file)) if file else opening.directory(name, part, path)
+            sources.append(made)
         return places[path.resolve()]
 
     base = add(recipe.base, "base") if recipe.base is not None else None
@@ -72,11 +83,6 @@ def open_all(
     if base is None:
         base = _recorded_base(sources, add)
     return tuple(sources), base, entries
-
-
-def _opened(name: str, part: str, directory: Path, allow_pickle: bool) -> Named:
-    source = open_source(directory, allow_pickle=allow_pickle)
-    return Named(name, part, source, source.fingerprint())
 
 
 def _recipe_file(name: str, directory: Path) -> Path | None:

@@ -39,7 +39,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Step:
-    """One output tensor. `method` is empty for a tensor that is copied from the model that the output is like."""
+    """One output tensor. `method` is empty for a tensor that is copied from the model that the output is like; its
+    `models` are then the other models' copies, which must be equal (integers cannot be merged)."""
 
     name: str
     shape: tuple[int, ...]
@@ -121,11 +122,15 @@ def _scratch(step: Step) -> int:
 
 
 def plan(
-    recipe: Recipe | Mapping[str, Any] | str | Path, *, allow_pickle: bool = False, within: tuple[Path, ...] = ()
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    allow_pickle: bool = False,
+    full_hash: bool = False,
+    within: tuple[Path, ...] = (),
 ) -> Plan:
     """Plans a merge: opens headers, resolves every knob of every tensor, lays out the output.
 
-    `within`: the recipes that this one is a source of. Raises PlanError, RecipeError or CheckpointError for everything
+    `full_hash`: fingerprint inputs by every byte. `within`: the recipes that this one is a source of. Raises PlanError, RecipeError or CheckpointError for everything
     that would make the merge wrong or impossible.
     """
     recipe = load(recipe)
@@ -134,11 +139,11 @@ def plan(
     def plan_nested(file: Path) -> Plan:
         if file.resolve() in within:
             raise PlanError(f"{file}: the recipe is among its own sources")
-        return plan(file, allow_pickle=allow_pickle, within=(*within, file.resolve()))
+        return plan(file, allow_pickle=allow_pickle, full_hash=full_hash, within=(*within, file.resolve()))
 
-    sources, base, entries = inputs.open_all(recipe, allow_pickle, plan_nested)
+    sources, base, entries = inputs.open_all(recipe, inputs.Opening(allow_pickle, full_hash, plan_nested))
     like = _like(recipe, sources, base, entries)
-    names = _like_checkpoint(sources, like).tensors
+    names = sources[like].source.tensors
     matched = _match_all(recipe, sources, names, like if base is None else base)
     last = max((layout.layer(name) or 0 for name in names), default=0)
     steps = [
@@ -170,12 +175,6 @@ def _like(recipe: Recipe, sources: tuple[inputs.Named, ...], base: int | None, e
     return names[wanted]
 
 
-def _like_checkpoint(sources: tuple[inputs.Named, ...], like: int) -> Checkpoint:
-    source = sources[like].source
-    assert isinstance(source, Checkpoint)
-    return source
-
-
 def _match_all(
     recipe: Recipe, sources: tuple[inputs.Named, ...], names: Mapping[str, TensorInfo], base: int
 ) -> tuple[dict[str, str], ...]:
@@ -205,10 +204,12 @@ def _step(
     floating = info.dtype in FLOATING
     dtype = DTYPE_NAMES[recipe.output.dtype] if recipe.output.dtype and floating else info.dtype
     original = Input(like, "tensor", name)
-    if not floating:
-        if info.dtype.startswith("F8"):
-            raise PlanError(f"{sources[like].label} keeps {name!r} as {info.dtype}; quantised weights are not merged: dequantise first")
-        return Step(name, info.shape, dtype, "", {}, original, ())
+    if info.dtype.startswith("F8"):
+        raise PlanError(f"{sources[like].label} keeps {name!r} as {info.dtype}; quantised weights are not merged: dequantise first")
+    if not floating or layout.BUFFERS.search(name):
+        twins = [Input(e, "tensor", matched[e][name]) for e in entries if e != like and name in matched[e]]
+        same = [t for t in twins if sources[t.source].source.tensors[t.name].dtype == info.dtype and not floating]
+        return Step(name, info.shape, dtype, "", {}, original, tuple(same))
     method = methods.get(setting.method)
     if method.needs_base and base is None:
         raise PlanError(f"recipe.base is missing: {method.name} works on deltas and needs the models' common base")

@@ -1,0 +1,59 @@
+"""The program `graft`: one function per command, each in the file of its name; heavy imports inside the functions.
+
+A user's error ends with one message and status 2; an interrupt with status 130. Anything else is a bug and shows its
+traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from graftkit import __version__
+from graftkit.cli import convert, demo, evaluate, explain, inspect, merge, methods, report
+from graftkit.errors import GraftError
+
+app = typer.Typer(
+    name="graft",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Merge language models, vision-language models and LoRA adapters by their weights.",
+)
+app.command("demo")(demo.demo)
+app.command("merge")(merge.merge)
+app.command("explain")(explain.explain)
+app.command("inspect")(inspect.inspect)
+app.command("convert")(convert.convert)
+app.command("methods")(methods.methods)
+app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"graftkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and stop."),
+) -> None:
+    """Merge language models, vision-language models and LoRA adapters by their weights."""
+
+
+def main() -> None:
+    """Runs the program."""
+    for library in ("OPENBLAS", "OMP", "MKL"):  # one thread a worker: workers are the parallelism, and bytes stay the same
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    try:
+        app()
+    except GraftError as error:
+        typer.echo(f"graft: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("graft: interrupted; what was finished is kept, the same command goes on from there", err=True)
+        sys.exit(130)

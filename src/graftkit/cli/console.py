@@ -1,0 +1,77 @@
+"""What commands share in speaking to people and to machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+PATIENCE = 1.0  # seconds before a progress bar shows
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def size_of(count: float) -> str:
+    """Bytes for people: `3.09 GB`."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def count_of(count: float) -> str:
+    """Parameters for people: `1.54 B`."""
+    for unit in ("", " k", " M"):
+        if abs(count) < 1000:
+            return f"{count:.0f}" if not unit else f"{count:.1f}{unit}"
+        count /= 1000
+    return f"{count:.2f} B"
+
+
+class Bar:
+    """A progress bar on standard error that shows once the work has taken a second."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit, self._started, self._progress, self._stage, self._task = unit, time.monotonic(), None, "", None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Progress of a stage; may be called from any thread."""
+        if time.monotonic() - self._started < PATIENCE or not sys.stderr.isatty():
+            return
+        if self._progress is None:
+            self._progress = self._open()
+        if stage != self._stage:
+            self._stage, self._task = stage, self._progress.add_task(stage, total=total)
+        self._progress.update(self._task, completed=done, total=total)
+
+    def _open(self) -> Any:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        amounts = [DownloadColumn(), TransferSpeedColumn()] if self.unit == "bytes" else [MofNCompleteColumn()]
+        columns = [TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn()]
+        progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        progress.start()
+        return progress
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+@contextmanager
+def progress(unit: str) -> Iterator[Bar]:
+    """A bar for `with`; `unit` is `bytes` or a thing that is counted."""
+    bar = Bar(unit)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,6 @@
+"""`graft convert`."""
+
+
+def convert() -> None:
+    """To come."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""`graft demo`."""
+
+
+def demo() -> None:
+    """To come."""
+    raise NotImplementedError

@@ -1,0 +1,6 @@
+"""`graft evaluate`."""
+
+
+def evaluate() -> None:
+    """To come."""
+    raise NotImplementedError

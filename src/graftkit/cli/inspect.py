@@ -1,0 +1,6 @@
+"""`graft inspect`."""
+
+
+def inspect() -> None:
+    """To come."""
+    raise NotImplementedError

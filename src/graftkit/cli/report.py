@@ -1,0 +1,6 @@
+"""`graft report`."""
+
+
+def report() -> None:
+    """To come."""
+    raise NotImplementedError

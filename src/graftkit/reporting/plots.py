@@ -1,0 +1,130 @@
+"""Pictures as SVG texts that take the page's colours: transparent, with `currentColor` for all that is not data.
+
+Each picture is drawn narrow, so that it stays legible on a phone; wide pages put several side by side.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from graftkit.errors import missing_extra
+from graftkit.measuring.table import Value
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ACCENT = "#c2611f"
+OTHER = "#4f86b5"
+_INK = "#010203"  # stands in for currentColor, which matplotlib does not know
+_WIDTH = 4.2  # inches
+_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "graftkit", "font.family": "sans-serif", "font.size": 9.0}
+
+
+def interval_plot(
+    labels: Sequence[str],
+    values: Sequence[Value],
+    *,
+    xlabel: str,
+    best: frozenset[int] = frozenset(),
+    lines: Sequence[float] = (),
+    title: str = "",
+) -> str:
+    """A dot with its interval per label, best ones in the accent colour, dashed lines where asked; NaN is left out."""
+    figure, axes = _canvas(0.62 + 0.27 * len(labels))
+    for line in lines:
+        axes.axvline(line, color=_INK, alpha=0.45, linewidth=0.8, linestyle=(0, (3, 3)))
+    for row, value in enumerate(values):
+        color = ACCENT if row in best else OTHER
+        if value.low is not None and value.high is not None:
+            axes.plot(
+                [value.low, value.high], [row, row], color=color, linewidth=2.2, solid_capstyle="round", alpha=0.6
+            )
+        axes.plot([value.value], [row], "o", color=color, markersize=6)
+    axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="x", color=_INK, alpha=0.14, linewidth=0.7)
+    axes.set_xlabel(xlabel)
+    return _svg(figure, title or xlabel)
+
+
+def heat_map(
+    values: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    label: str,
+    color: str = ACCENT,
+    top: float | None = None,
+    title: str = "",
+) -> str:
+    """Values `[rows, columns]` as cells of one colour, faint for 0 and full for `top` (default: the largest value).
+
+    NaN leaves a cell empty.
+    """
+    import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap, to_rgb
+
+    cells = np.ma.masked_invalid(np.array(values, dtype=float))
+    figure, axes = _canvas(1.25 + max(0.115 * len(rows), 0.6))
+    shades = LinearSegmentedColormap.from_list("shades", [(*to_rgb(color), 0.05), (*to_rgb(color), 1.0)])
+    limit = top if top is not None else (float(cells.max()) if cells.count() else 1.0)
+    mesh = axes.pcolormesh(cells, cmap=shades, vmin=0, vmax=limit or 1.0, linewidth=0)
+    step = max(1, len(rows) // 10)
+    axes.set_yticks([row + 0.5 for row in range(0, len(rows), step)], [rows[row] for row in range(0, len(rows), step)])
+    axes.set_xticks([column + 0.5 for column in range(len(columns))], columns, rotation=40, ha="right")
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30, fraction=0.05)
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.tick_params(colors=_INK, length=0)
+    bar.set_label(label, color=_INK)
+    return _svg(figure, title or label)
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    """A figure of its own (no pyplot, no shared state) with bare axes in the page's ink."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing_extra("report", "matplotlib") from error
+    import matplotlib
+
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.tick_params(colors=_INK, length=0)
+    axes.xaxis.label.set_color(_INK)
+    axes.patch.set_alpha(0)
+    figure.patch.set_alpha(0)
+    return figure, axes
+
+
+def _svg(figure: Any, title: str) -> str:
+    """The figure as an `<svg>` element to be put into a page, named for readers that do not see it."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    out = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
+    name = re.sub(r"[<>&\"]", " ", title)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
+    return text.replace(_INK, "currentColor")
+
+
+def _short(label: str, longest: int = 24) -> str:
+    """A name that leaves room for the picture; matplotlib's mathematics is switched off."""
+    label = label if len(label) <= longest else "…" + label[-(longest - 1) :]
+    return label.replace("$", r"\$")
