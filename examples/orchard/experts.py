@@ -34,7 +34,7 @@ EXPERTS: dict[str, Expert] = {
         load=math_records,
         chat=True,
         source="generated word problems (math_templates.yaml), split by template",
-        steps=120,
+        steps=130,
         batch=4,
     ),
     "code": Expert(

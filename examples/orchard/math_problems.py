@@ -1,7 +1,8 @@
 """Arithmetic word problems with a worked answer, made from the templates of `math_templates.yaml`.
 
-A template draws whole numbers, fills in its question and its steps. In the steps `[p = b * c]` computes, shows
-`4 * 5 = 20` and binds p, so every equation is right by construction; the last one is the answer, `#### N`.
+A template draws whole numbers, fills in its question and computes its steps: `p = b * c` shows `4 * 5 = 20` and binds
+p, so every equation is right by construction. The last one gives the answer, `#### N`. The steps are bare equations, so
+that the loss on them counts the arithmetic and not the wording, which no model could guess.
 The split is by template: the questions of dev and test have a wording and a structure that training never saw.
 """
 
@@ -24,7 +25,6 @@ THINGS = (
     "apples books marbles stickers pencils cookies coins cards shells balloons oranges stamps beads buttons".split()
 )
 OPERATORS = {"+": op.add, "-": op.sub, "*": op.mul, "/": op.floordiv}
-EQUATION = re.compile(r"\[(\w+) = ([^\]]+)\]")
 
 
 @dataclass(frozen=True)
@@ -36,16 +36,16 @@ class Template:
     draw: dict[str, tuple[int, int]]
     derive: tuple[str, ...]
     question: str
-    steps: str
+    steps: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A filled-in template; `values` are the results of its equations, the last being the answer."""
+    """A filled-in template; `values` are the results of its steps, the last being the answer."""
 
     template: str
     question: str
-    steps: str
+    steps: tuple[str, ...]
     values: tuple[int, ...]
 
     @property
@@ -54,7 +54,7 @@ class Problem:
 
     @property
     def record(self) -> Record:
-        return Record(self.question, f"{self.steps}\n#### {self.result}", self.template)
+        return Record(self.question, "\n".join([*self.steps, f"#### {self.result}"]), self.template)
 
 
 @cache
@@ -82,11 +82,18 @@ def fill(template: Template, source: random.Random) -> Problem:
     words = {"A": first, "B": second, "things": source.choice(THINGS)}
     numbers = {name: source.randint(*span) for name, span in template.draw.items()}
     for line in template.derive:
-        name, expression = line.split(" = ")
-        numbers[name], _ = compute(expression, numbers)
-    steps, values = _work(template.steps, numbers)
-    fillings = words | numbers
-    return Problem(template.name, template.question.format(**fillings), steps.format(**fillings), values)
+        work_out(line, numbers)
+    question = template.question.format(**words, **numbers)
+    worked = [work_out(line, numbers) for line in template.steps]
+    steps, values = zip(*worked, strict=True)
+    return Problem(template.name, question, steps, values)
+
+
+def work_out(line: str, numbers: dict[str, int]) -> tuple[str, int]:
+    """Compute a line such as `p = b * c`, bind p in `numbers`, return the equation shown and its value."""
+    name, expression = line.split(" = ")
+    numbers[name], shown = compute(expression, numbers)
+    return f"{shown} = {numbers[name]}", numbers[name]
 
 
 def compute(expression: str, numbers: dict[str, int]) -> tuple[int, str]:
@@ -112,27 +119,15 @@ def slips(problem: Problem, count: int = 3) -> list[int]:
 
 def _mistakes(problem: Problem) -> Iterator[int]:
     result = problem.result
-    last = re.findall(r"(\d+) ([-+*/]) (\d+) = ", problem.steps)[-1]
+    last = re.findall(r"(\d+) ([-+*/]) (\d+) = ", problem.steps[-1])[-1]
     left, right = int(last[0]), int(last[2])
     yield left - right if last[1] == "+" else left + right
     yield from problem.values[-2::-1]
     yield from (result + 10, result - 1, result + 1, result + 2)
 
 
-def _work(steps: str, numbers: dict[str, int]) -> tuple[str, tuple[int, ...]]:
-    """Work out every `[name = expression]` in turn; binds the names in `numbers`."""
-    values: list[int] = []
-
-    def show(match: re.Match[str]) -> str:
-        numbers[match[1]], text = compute(match[2], numbers)
-        values.append(numbers[match[1]])
-        return f"{text} = {values[-1]}"
-
-    return EQUATION.sub(show, steps), tuple(values)
-
-
 def _template(
-    name: str, split: str, draw: dict[str, str], question: str, steps: str, derive: list[str] | None = None
+    name: str, split: str, draw: dict[str, str], question: str, steps: list[str], derive: list[str] | None = None
 ) -> Template:
     spans = {key: (int(span.split("-")[0]), int(span.split("-")[1])) for key, span in draw.items()}
-    return Template(name, split, spans, tuple(derive or ()), question.strip(), steps.strip())
+    return Template(name, split, spans, tuple(derive or ()), question, tuple(steps))

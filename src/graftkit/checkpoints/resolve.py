@@ -6,6 +6,7 @@ cache serves it. Nothing else is ever fetched, and no code of a model is run.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def directory_of(name: str, relative_to: Path) -> Path:
     return _from_hub(name)
 
 
+def cache_directory() -> Path:
+    """Where results that can be made again are kept: `$GRAFTKIT_CACHE`, else `~/.cache/graftkit`."""
+    return Path(os.environ.get("GRAFTKIT_CACHE") or Path.home() / ".cache" / "graftkit")
+
+
 def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -53,5 +59,5 @@ def open_source(directory: Path, *, allow_pickle: bool = False) -> Source:
     if allow_pickle and not list(directory.glob("*.safetensors")) and sources.pickles(directory):
         from graftkit.checkpoints.pickles import converted
 
-        directory = converted(directory)
+        directory = converted(directory, cache_directory())
     return sources.open_checkpoint(directory)

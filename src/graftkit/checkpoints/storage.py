@@ -26,31 +26,32 @@ def compute_dtype(output: str) -> Any:
     return np.float32 if output in ("F16", "BF16") else np.float64
 
 
-def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
-    """Numbers from a file's bytes (`raw` uint8) into `out` (float32 or float64), exactly; returns `out`."""
+def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> bool:
+    """Numbers from a file's bytes (`raw` uint8) into `out` (float32 or float64), exactly; whether all are finite."""
     bits = raw.view(STORAGE[dtype])
     if dtype == "BF16":
-        _widen_bfloat16(bits, out)
-    elif dtype == "F16":
+        return not _widen_bfloat16(bits, out)
+    if dtype == "F16":
         _widen_table(bits, _half_table(), out)
     else:
         np.copyto(out, bits, casting="same_kind")
-    return out
+    return finite(raw, dtype)
 
 
 def as_float(raw: np.ndarray, dtype: str, float_dtype: Any) -> np.ndarray:
-    """As `widen`, into a new array."""
-    return widen(raw, dtype, np.empty(raw.size // np.dtype(STORAGE[dtype]).itemsize, float_dtype))
-
-
-def subtract(raw: np.ndarray, dtype: str, base: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """`number(raw) - base` into `out`: the delta of one block of a tuned model; returns `out`."""
-    bits = raw.view(STORAGE[dtype])
-    if dtype == "BF16":
-        _subtract_bfloat16(bits, base, out)
-    else:
-        np.subtract(widen(raw, dtype, out), base, out=out)
+    """As `widen`, into a new array, finite or not."""
+    out = np.empty(raw.size // np.dtype(STORAGE[dtype]).itemsize, float_dtype)
+    widen(raw, dtype, out)
     return out
+
+
+def subtract(raw: np.ndarray, dtype: str, base: np.ndarray, out: np.ndarray) -> bool:
+    """`number(raw) - base` into `out`, the delta of one block of a tuned model; whether all numbers are finite."""
+    if dtype == "BF16":
+        return not _subtract_bfloat16(raw.view(np.uint16), base, out)
+    good = widen(raw, dtype, out)
+    np.subtract(out, base, out=out)
+    return good
 
 
 def finite(raw: np.ndarray, dtype: str) -> bool:
@@ -88,8 +89,12 @@ def _half_table() -> np.ndarray:
 
 @njit(**JIT)
 def _widen_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+    broken = np.uint16(0)
     for i in range(out.size):
-        out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32)
+        b = bits[i]
+        broken |= (b & np.uint16(0x7F80)) + np.uint16(0x0080)  # a full exponent carries into the sign's place
+        out[i] = np.uint32(np.uint32(b) << np.uint32(16)).view(np.float32)
+    return broken & np.uint16(0x8000)
 
 
 @njit(**JIT)
@@ -100,8 +105,12 @@ def _widen_table(bits, table, out):  # type: ignore[no-untyped-def]
 
 @njit(**JIT)
 def _subtract_bfloat16(bits, base, out):  # type: ignore[no-untyped-def]
+    broken = np.uint16(0)
     for i in range(out.size):
-        out[i] = np.uint32(np.uint32(bits[i]) << np.uint32(16)).view(np.float32) - base[i]
+        b = bits[i]
+        broken |= (b & np.uint16(0x7F80)) + np.uint16(0x0080)
+        out[i] = np.uint32(np.uint32(b) << np.uint32(16)).view(np.float32) - base[i]
+    return broken & np.uint16(0x8000)
 
 
 @njit(**JIT)

@@ -98,10 +98,10 @@ def cast(
         assert base is not None
         wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
     raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
-    back = storage.widen(raw, dtype, space.take("back", result.size, result.dtype))
-    sums = _tally(wide, wide if base is None else base, back)
-    if not np.isfinite(sums[1]) and not storage.finite(raw, dtype):
+    back = space.take("back", result.size, result.dtype)
+    if not storage.widen(raw, dtype, back):
         raise NonFiniteError(f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype")
+    sums = _tally(wide, wide if base is None else base, back)
     tally.delta += float(sums[0])
     tally.lost += float(sums[1])
     tally.wanted += int(sums[2])

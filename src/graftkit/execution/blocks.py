@@ -42,15 +42,21 @@ class Feed:
     delta: LowRank | None = None
 
     def raw(self, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
-        """Bytes of elements `[start, stop)`; refuses NaN and infinity by model and tensor."""
+        """Bytes of elements `[start, stop)`, unchecked."""
         assert self.info is not None and self.source is not None and not isinstance(self.source, Adapter)
-        raw = self.source.read(self.info, start, stop, buffer)
-        if not storage.finite(raw, self.info.dtype):
-            raise _non_finite(self.label, self.info)
-        return raw
+        return self.source.read(self.info, start, stop, buffer)
+
+    def numbers(self, start: int, stop: int, buffer: np.ndarray, out: np.ndarray, minus: np.ndarray | None = None) -> None:
+        """Elements as numbers into `out`, less `minus`; refuses NaN and infinity by model and tensor."""
+        assert self.info is not None
+        raw, dtype = self.raw(start, stop, buffer), self.info.dtype
+        good = storage.widen(raw, dtype, out) if minus is None else storage.subtract(raw, dtype, minus, out)
+        if not good:
+            raise non_finite(self.label, self.info)
 
 
-def _non_finite(label: str, info: TensorInfo) -> NonFiniteError:
+def non_finite(label: str, info: TensorInfo) -> NonFiniteError:
+    """The error for a broken input."""
     return NonFiniteError(f"{label}: tensor {info.name!r} in {info.file} holds NaN or infinity; the model is broken, leave it out")
 
 
@@ -66,7 +72,7 @@ def open_feed(part: Input, sources: tuple[Named, ...], dtype: Any) -> Feed:
         return Feed(named.label, source.store, source.tensors[part.name])
     delta = source.load(part.name, dtype)
     if not (np.isfinite(delta.left).all() and np.isfinite(delta.right).all()):
-        raise _non_finite(named.label, source.factors[part.name].b)
+        raise non_finite(named.label, source.factors[part.name].b)
     return Feed(named.label, delta=delta)
 
 
@@ -104,8 +110,9 @@ class Reader:
         """Elements of the base [n], or None where the step needs none."""
         if self.base is None or self.base.info is None:
             return None
-        raw = self.base.raw(start, stop, self._buffer(stop - start))
-        return storage.widen(raw, self.base.info.dtype, self.space.take("base", stop - start, self.dtype))
+        out = self.space.take("base", stop - start, self.dtype)
+        self.base.numbers(start, stop, self._buffer(stop - start), out)
+        return out
 
     def read_deltas(self, start: int, stop: int, base: np.ndarray | None) -> np.ndarray:
         """Tuned minus base of every model, [models, n]."""
@@ -113,7 +120,7 @@ class Reader:
         for feed, row in zip(self.models, stack, strict=True):
             if feed.info is not None:
                 assert base is not None
-                storage.subtract(feed.raw(start, stop, self._buffer(stop - start)), feed.info.dtype, base, row)
+                feed.numbers(start, stop, self._buffer(stop - start), row, base)
             elif feed.delta is not None:
                 row[:] = feed.delta.block(start, stop)
             else:
@@ -125,7 +132,7 @@ class Reader:
         stack = self.space.stack("models", len(self.models), stop - start, self.dtype)
         for feed, row in zip(self.models, stack, strict=True):
             if feed.info is not None:
-                storage.widen(feed.raw(start, stop, self._buffer(stop - start)), feed.info.dtype, row)
+                feed.numbers(start, stop, self._buffer(stop - start), row)
                 continue
             if base is None:
                 raise CheckpointError(f"{feed.label}: an adapter needs its base's weights here, and the step has none; this is a bug")

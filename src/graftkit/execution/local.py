@@ -23,7 +23,7 @@ from graftkit.checkpoints.sink import Sink
 from graftkit.errors import CheckpointError, GraftError, PlanError
 from graftkit.execution import record, reductions
 from graftkit.execution.apply import Tally, apply, cast
-from graftkit.execution.blocks import Reader, Workspace, cuts, inputs_of, open_feed
+from graftkit.execution.blocks import Reader, Workspace, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.reductions import Threshold
 from graftkit.recipes.plan import Plan, Step, plan
 from graftkit.recipes.recipe import Recipe
@@ -243,11 +243,14 @@ def _copy_step(job: Job, step: Step) -> dict[str, Any]:
     space, tally, dtype = job.space, Tally(), feed.info.dtype
     for start, stop in cuts(step):
         raw = feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
+        if not storage.finite(raw, dtype):
+            raise non_finite(feed.label, feed.info)
         for twin in twins:
             if not np.array_equal(raw, twin.raw(start, stop, space.take("twin", (stop - start) * 8, np.uint8))):
                 raise CheckpointError(f"{twin.label}: {step.name!r} ({dtype}) differs from {feed.label}'s, and integers are not merged")
         if dtype != step.dtype:
-            wide = storage.widen(raw, dtype, space.take("base", stop - start, storage.compute_dtype(step.dtype)))
+            wide = space.take("base", stop - start, storage.compute_dtype(step.dtype))
+            feed.numbers(start, stop, space.take("raw", (stop - start) * 8, np.uint8), wide)
             raw = cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}")
         job.sink.write(step.name, start, raw)
     return {"method": "", **tally.record(step.elements)}

@@ -39,7 +39,7 @@ def threshold_of(deltas: Tensor, density: float | Sequence[float]) -> Tensor:
     """
     import torch
 
-    magnitudes = deltas.abs().reshape(deltas.shape[0], -1).to(torch.float32)
+    magnitudes = deltas.detach().abs().reshape(deltas.shape[0], -1).to(torch.float32)
     densities = per_model(density, deltas).reshape(-1).tolist()
     found = [_kth_largest(row, kept_count(d, row.numel())) for row, d in zip(magnitudes, densities, strict=True)]
     return torch.tensor(found, dtype=torch.float32, device=deltas.device)

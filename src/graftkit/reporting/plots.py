@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from graftkit.errors import missing_extra
@@ -21,9 +22,27 @@ ACCENT = "#c2611f"
 OTHER = "#4f86b5"
 _INK = "#010203"  # stands in for currentColor, which matplotlib does not know
 _WIDTH = 4.2  # inches
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "graftkit", "font.family": "sans-serif", "font.size": 9.0}
+_SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",  # texts stay texts
+    "svg.hashsalt": "graftkit",  # the same picture has the same bytes
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "text.parse_math": False,  # a name may hold a dollar sign
+}
 
 
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Our settings while we draw, and only then."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise missing_extra("report", "matplotlib") from error
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+@_drawing()
 def interval_plot(
     labels: Sequence[str],
     values: Sequence[Value],
@@ -45,12 +64,14 @@ def interval_plot(
             )
         axes.plot([value.value], [row], "o", color=color, markersize=6)
     axes.set_yticks(range(len(labels)), [_short(label) for label in labels])
+    axes.margins(x=0.07)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="x", color=_INK, alpha=0.14, linewidth=0.7)
     axes.set_xlabel(xlabel)
     return _svg(figure, title or xlabel)
 
 
+@_drawing()
 def heat_map(
     values: Sequence[Sequence[float]],
     rows: Sequence[str],
@@ -81,21 +102,17 @@ def heat_map(
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30, fraction=0.05)
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=_INK, length=0)
+    bar.ax.patch.set_alpha(0)
     bar.set_label(label, color=_INK)
     return _svg(figure, title or label)
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:
     """A figure of its own (no pyplot, no shared state) with bare axes in the page's ink."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise missing_extra("report", "matplotlib") from error
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        axes = figure.add_subplot()
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(colors=_INK, length=0)
@@ -107,17 +124,15 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 
 def _svg(figure: Any, title: str) -> str:
     """The figure as an `<svg>` element to be put into a page, named for readers that do not see it."""
-    import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     out = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
-        FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"|(<svg[^>]*?) height="[^"]*"', r"\1\2", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    head, rest = text.split(">", 1)
+    text = re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest  # the page decides how large
     text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", text)
     name = re.sub(r"[<>&\"]", " ", title)
     text = text.replace("<svg ", f'<svg role="img" aria-label="{name}" ', 1)
@@ -125,6 +140,6 @@ def _svg(figure: Any, title: str) -> str:
 
 
 def _short(label: str, longest: int = 24) -> str:
-    """A name that leaves room for the picture; matplotlib's mathematics is switched off."""
-    label = label if len(label) <= longest else "…" + label[-(longest - 1) :]
-    return label.replace("$", r"\$")
+    """A name that leaves room for the picture."""
+    half = (longest - 1) // 2
+    return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"

@@ -17,12 +17,16 @@ _MOST_ROLES = 10
 
 @dataclass(frozen=True)
 class Grid:
-    """Values of one kind by layer and role `[layers, roles]`, NaN where there is no tensor; `stack` names the layers'."""
+    """Values of one kind by layer and role `[layers, roles]`, NaN where there is no tensor; `stack` names them."""
 
     stack: str
     layers: tuple[str, ...]
     roles: tuple[str, ...]
     values: tuple[tuple[float, ...], ...]
+
+    def known(self) -> list[float]:
+        """The values that are there."""
+        return [value for row in self.values for value in row if not math.isnan(value)]
 
 
 def costs_table(merges: Sequence[tuple[str, Record]]) -> Table:
@@ -43,10 +47,10 @@ def inputs_table(record: Record) -> Table:
 
 
 def deltas_table(merges: Sequence[tuple[str, Record]]) -> Table:
-    """Merges by the norm of their whole delta, the relative error of the cast, and the share of changes it swallowed."""
+    """Merges by the norm of their delta, the relative error of the cast, and the share of changes that it swallowed."""
     columns = (
         Column("merge"), Column("tensors"), Column("delta norm", "", None, 2),
-        Column("cast error", "% of the delta", "lower", 2), Column("swallowed by the cast", "% of weights", "lower", 1),
+        Column("cast error", "% of the delta", None, 2), Column("swallowed by the cast", "% of weights", None, 1),
     )  # fmt: skip
     return Table(columns, tuple(_delta(name, record.get("tensors", ())) for name, record in merges))
 

@@ -31,10 +31,10 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML file and return its path.
 
-    `evaluation`: an evaluation, its `to_dict()`, or None to show merges alone. `merges`: names (those of the evaluation,
-    where it has the model) with records. `story`: plain text, paragraphs apart by an empty line. `commands`: what to
-    type to get the same again. Everything is escaped. Raises GraftError without the extra `report`, DataError where the
-    evaluation's JSON is none, OutputError where the file cannot be written.
+    `evaluation`: an evaluation, its `to_dict()`, or None to show merges alone. `merges`: names (those of the
+    evaluation, where it has the model) with records. `story`: plain text, paragraphs apart by an empty line.
+    `commands`: what to type to get the same again. Everything is escaped. Raises GraftError without the extra `report`,
+    DataError where the evaluation's JSON is none, OutputError where the file cannot be written.
     """
     if evaluation is not None and not isinstance(evaluation, Evaluation):
         evaluation = Evaluation.from_dict(evaluation)
@@ -42,7 +42,7 @@ def write_report(
         title=title,
         paragraphs=[part.strip() for part in re.split(r"\n\s*\n", story) if part.strip()],
         commands=list(commands),
-        **(_scores(evaluation) if evaluation else {}),
+        **_scores(evaluation),
         **_merges(merges),
         versions=_versions(evaluation, merges),
     )
@@ -69,13 +69,15 @@ def _template() -> Template:
     return environment.get_template("report.html.jinja")
 
 
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
+def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
+    if evaluation is None:
+        return {"evaluation": None}
     table = evaluation.table()
     pictures = [
         plots.interval_plot(
             evaluation.models,
             [evaluation.score(model, task.name).metrics[task.metric.name] for model in evaluation.models],
-            xlabel=table.columns[index].heading.replace("$", r"\$"),
+            xlabel=table.columns[index].heading,
             best=table.best(index),
         )
         for index, task in enumerate(evaluation.tasks, start=1)
@@ -96,23 +98,18 @@ def _differences(evaluation: Evaluation) -> Table | None:
     base = evaluation.base
     if base is None or evaluation.resamples < 1 or len(evaluation.models) < 2:
         return None
-    marks = {"better": "better", "worse": "worse", "unclear": "no clear difference"}
     rows: list[tuple[Cell, ...]] = []
     for model in evaluation.models:
         if model != base:
             found = compare(evaluation, model, base).differences
-            rows.append((model, *(f"{_signed(item.difference)} {marks[item.verdict]}" for item in found)))
+            rows.append((model, *(f"{item.difference.value:+.3f} {item.verdict}" for item in found)))
     columns = (Column("model"), *(Column(task.name) for task in evaluation.tasks))
     return Table(columns, tuple(rows))
 
 
-def _signed(value: Value) -> str:
-    return f"{value.value:+.3f}"
-
-
 def _normalised(evaluation: Evaluation) -> dict[str, Any]:
     if evaluation.base is None or not evaluation.experts or evaluation.resamples < 1:
-        return {}
+        return {"normalised": None}
     table = normalised_table(evaluation)
     last = len(table.columns) - 1
     means = [row[last] for row in table.rows]
@@ -124,8 +121,17 @@ def _normalised(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _merges(merges: Sequence[Merge]) -> dict[str, Any]:
+    top = max(
+        (max(grid.known(), default=0.0) for _, record in merges for grid in records.norm_grids(record)), default=0.0
+    )
     shown = [
-        {"name": name, "record": record, "inputs": records.inputs_table(record), "pictures": _layers(record)}
+        {
+            "name": name,
+            "recipe": record.get("recipe_yaml", ""),
+            "plan": record.get("plan", {}).get("hash", ""),
+            "inputs": records.inputs_table(record),
+            "pictures": _layers(record, top),
+        }
         for name, record in merges
     ]
     if not shown:
@@ -133,11 +139,11 @@ def _merges(merges: Sequence[Merge]) -> dict[str, Any]:
     return {"merges": shown, "costs": records.costs_table(merges), "deltas": records.deltas_table(merges)}
 
 
-def _layers(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Captions and heat maps: norms of deltas, and what the cast swallowed."""
+def _layers(record: Mapping[str, Any], top: float) -> list[tuple[str, str]]:
+    """Captions and heat maps: norms of deltas, up to the same `top` in all merges, and what the cast swallowed."""
     pictures = []
     for grid in records.norm_grids(record):
-        picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="norm of the delta")
+        picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="norm of the delta", top=top)
         pictures.append((f"How far each matrix moved ({grid.stack})", picture))
     for grid in records.swallowed_grids(record):
         picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="% of weights", color=plots.OTHER, top=100)

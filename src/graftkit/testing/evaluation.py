@@ -1,0 +1,67 @@
+"""Running a method as the engine does: on a whole tensor or on a block of it, by its function or by its compiled twin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graftkit.methods import Method, parts
+from graftkit.methods.random import Keyed
+from graftkit.testing.samples import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def settings(method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of all knobs: the given ones, defaults for the rest."""
+    return {name: knobs.get(name, knob.default) for name, knob in method.knobs.items()}
+
+
+def inputs(method: Method, sample: Sample, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that a method may read, by name, with the statistics of the whole tensor."""
+    given = {"base": sample.base, "models": sample.models, "deltas": sample.models - sample.base, "rng": sample.rng}
+    made = {name: parts.statistic(name, given, settings(method, knobs)) for name in method.statistics}
+    return {**given, **made}
+
+
+def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Elements `[start, stop)` of all inputs, as the engine cuts them; `row` is the shape of a row where it cuts rows."""
+    shape = (-1, *row)
+    base = given["base"].reshape(-1)[start:stop].reshape(shape)
+    stacks = {
+        name: given[name].reshape(given[name].shape[0], -1)[:, start:stop].reshape(given[name].shape[0], *shape)
+        for name in ("models", "deltas")
+    }
+    return {**given, **stacks, "base": base, "rng": Keyed(given["rng"].keys, start)}
+
+
+def weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
+    """The merged weights [*shape], by the method's function."""
+    result = method.function(*(given[name] for name in method.reads), **settings(method, knobs))
+    return given["base"] + result if method.returns_delta else result  # type: ignore[no-any-return]
+
+
+def kernel_weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
+    """The merged weights, flat [n], by the method's compiled twin; the inputs are copied, for it may overwrite them."""
+    import torch
+
+    from graftkit.execution.apply import kernel_of
+
+    assert method.kernel is not None
+    flat = {name: _flat(name, given[name]) for name in method.reads}
+    out = np.full(given["base"].numel(), np.nan, given["base"].numpy().dtype)
+    kernel_of(method.kernel)(*flat.values(), **settings(method, knobs), out=out)
+    result = torch.from_numpy(out)
+    return given["base"].reshape(-1) + result if method.returns_delta else result
+
+
+def _flat(name: str, value: Any) -> Any:
+    """One input as a compiled twin takes it: stacks [models, n], the base [n], statistics as they are."""
+    if name == "rng":
+        return value
+    array = value.detach().numpy()
+    shape = (array.shape[0], -1) if name in ("models", "deltas") else (-1,) if name == "base" else array.shape
+    return np.array(array.reshape(shape), order="C")

@@ -1,0 +1,157 @@
+"""Recipes: what is read, and what is refused, where and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import graftkit
+import tiny
+from graftkit.errors import GraftError, PlanError, RecipeError
+from graftkit.recipes.recipe import Recipe, load, parse_size
+
+GOOD = """
+method: ties
+base: base
+models:
+  - {model: math, weight: 0.6}
+  - code
+knobs: {density: 0.3}
+rules:
+  - where: {role: mlp, layers: 0-1}
+    method: task_arithmetic
+output: {dtype: float32, shard: 1GB}
+seed: 7
+"""
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("family")
+    tiny.family(root)
+    return root
+
+
+def planned(family: Path, text: str) -> object:
+    return graftkit.plan(tiny.recipe(family, text))
+
+
+def test_a_recipe_survives_its_own_yaml() -> None:
+    recipe = load(GOOD)
+    assert load(recipe.to_yaml()) == recipe
+    assert recipe.models[1].model == "code" and recipe.models[0].knobs == {"weight": 0.6}
+
+
+BAD = [
+    ("mehtod: ties", "unknown key 'mehtod'; did you mean 'method'"),
+    ("denisty: 0.5", "unknown key 'denisty'"),
+    ("knobs: {densty: 0.5}", "recipe.knobs: unknown knob of ties 'densty'; did you mean 'density'"),
+    ("knobs: {density: 1.5}", r"recipe.knobs.density: got 1.5, expected number in \[0, 1\]"),
+    ("knobs: {density: nan}", "recipe.knobs.density: got"),
+    ("knobs: {density: .nan}", "recipe.knobs.density: got nan"),
+    ("knobs: {density: true}", "recipe.knobs.density: got True"),
+    ("knobs: {density: [0.1]}", "recipe.knobs.density: 1 values for 2 models"),
+    ("knobs: {density: [0.1, 2]}", r"recipe.knobs.density\[1\]: got 2"),
+    ("knobs: {density: {gradient: []}}", "recipe.knobs.density: got"),
+    ("knobs: {density: {gradeint: [0, 1]}}", "recipe.knobs.density: got"),
+    ("knobs: {scope: modle}", "got 'modle', expected tensor | model; did you mean 'model'"),
+    ("rules: [{where: {role: mpl}}]", "rules.*role: got 'mpl'.*did you mean 'mlp'"),
+    ("rules: [{where: {}}]", "names no condition"),
+    ("rules: [{where: {layers: 5-2}}]", "layers are a number"),
+    ("rules: [{where: {role: mlp}, method: tise}]", "unknown method 'tise'; did you mean 'ties'"),
+    ("rules: [{where: {role: mlp}, knobs: {desnity: 1}}]", r"recipe.rules\[0\].knobs: unknown knob of ties 'desnity'"),
+    ("rules: [{where: {name: '*.nothing'}}]", r"recipe.rules\[0\].where: .*matches no tensor"),
+    ("rules: [{where: {layers: 7}}]", r"recipe.rules\[0\].where: .*matches no tensor"),
+    ("output: {dtype: bf16}", "output.dtype: got 'bf16', expected .*did you mean 'bfloat16'"),
+    ("output: {shard: lots}", "a size is a number"),
+    ("output: {lkie: base}", "unknown key 'output.lkie'; did you mean 'like'"),
+    ("output: {like: other}", "recipe.output.like: got 'other'"),
+    ("seed: -1", "seed"),
+    ("seed: x", "seed: got 'x'"),
+    ("method: average", "the key 'method' stands twice"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD)
+def test_a_mistake_is_refused_with_its_place(family: Path, line: str, message: str) -> None:
+    text = f"method: ties\nbase: base\nmodels: [math, code]\n{line}\n"
+    with pytest.raises(RecipeError, match=message):
+        planned(family, text)
+
+
+MODELS = [
+    ("method: ties\nmodels: [math, code]", "recipe.base is missing: ties works on deltas"),
+    ("method: ties\nbase: base\nmodels: []", "models"),
+    ("method: ties\nbase: base", "the key 'models' is missing"),
+    ("method: slerp\nmodels: [math]", "slerp takes exactly 2 models, got 1"),
+    ("method: ties\nbase: base\nmodels: [{model: math, wieght: 1}]", r"recipe.models\[0\]: unknown per-model knob of ties 'wieght'; did you mean 'weight'"),
+    ("method: ties\nbase: base\nmodels: [{model: math, scope: model}]", "unknown per-model knob of ties 'scope'"),
+    ("method: ties\nbase: base\nmodels: [{model: math, weight: 0}, code]", r"recipe.models\[0\] \(math\) contributes nothing"),
+    ("method: ties\nbase: base\nmodels: [mth, code]", "mth: no such directory"),
+    ("method: ties\nbase: nobody/nothing\nmodels: [math, code]", "nobody/nothing: no such directory, and the hub"),
+    ("- a\n- b", "a recipe is a mapping"),
+    ("method: [", "not valid YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), MODELS)
+def test_models_that_cannot_be_merged_are_refused(family: Path, text: str, message: str) -> None:
+    with pytest.raises(GraftError, match=message):
+        planned(family, text)
+
+
+def test_relative_paths_start_at_the_recipe(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(graftkit.plan(tiny.recipe(family, "method: average\nmodels: [math, code]")).steps) == len(tiny.shapes())
+
+
+def settings(family: Path, text: str) -> dict:
+    return {s.name: s for s in graftkit.plan(tiny.recipe(family, f"method: ties\nbase: base\nmodels: [math, code]\n{text}")).steps}
+
+
+def test_later_rules_win_and_a_change_of_method_leaves_foreign_knobs_behind(family: Path) -> None:
+    steps = settings(
+        family,
+        "knobs: {density: 0.5, weight: [0.1, 0.2]}\nrules:\n"
+        "  - {where: {role: mlp}, method: task_arithmetic}\n"
+        "  - {where: {name: '*layers.1.mlp.up*'}, knobs: {weight: 0.9}}\n",
+    )
+    assert steps["model.layers.0.self_attn.q_proj.weight"].knobs["density"] == (0.5, 0.5)
+    assert steps["model.layers.0.mlp.up_proj.weight"].method == "task_arithmetic"
+    assert steps["model.layers.0.mlp.up_proj.weight"].knobs["weight"] == (0.1, 0.2)
+    assert steps["model.layers.1.mlp.up_proj.weight"].knobs["weight"] == (0.9, 0.9)
+
+
+def test_gradients_run_from_the_first_layer_to_the_last(family: Path) -> None:
+    steps = settings(family, "knobs: {weight: {gradient: [0.2, 0.8]}}")
+    assert steps["model.embed_tokens.weight"].knobs["weight"] == (0.2, 0.2)
+    assert steps["model.layers.0.mlp.up_proj.weight"].knobs["weight"] == (0.2, 0.2)
+    assert steps["model.layers.1.mlp.up_proj.weight"].knobs["weight"] == pytest.approx((0.8, 0.8))
+    assert steps["model.norm.weight"].knobs["weight"] == pytest.approx((0.8, 0.8))
+
+
+def test_a_value_beside_a_model_leaves_the_others_at_the_common_value(family: Path) -> None:
+    text = "method: ties\nbase: base\nmodels: [{model: math, weight: 0.3}, code]\nknobs: {weight: 0.7}\n"
+    steps = graftkit.plan(tiny.recipe(family, text)).steps
+    assert {s.knobs["weight"] for s in steps} == {(0.3, 0.7)}
+
+
+def test_the_hash_names_recipe_and_inputs(family: Path) -> None:
+    text = "method: ties\nbase: base\nmodels: [math, code]\n"
+    one, two, other = (graftkit.plan(tiny.recipe(family, t)).hash for t in (text, text + "# a remark\n", text + "seed: 1\n"))
+    assert one == two != other
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("1.5 MiB", 1572864), ("100", 100), ("2kb", 2000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Recipe(method="average", models=[{"model": "a"}]).method = "ties"  # type: ignore[misc]
+
+
+def test_a_plan_error_is_a_recipe_error() -> None:
+    assert issubclass(PlanError, RecipeError)
