@@ -24,6 +24,8 @@ from graftkit.methods import parts
 from graftkit.methods.random import Keyed
 from graftkit.testing import MethodConformance
 
+pytest_plugins = ["pytester"]
+
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 SCALES = st.sampled_from([0.0, 0.3, 1.0, 2.0])
 
@@ -51,6 +53,10 @@ class TestSlerp(MethodConformance):
 class TestPassthrough(MethodConformance):
     method = "passthrough"
 
+    def test_the_engine_agrees(self, tmp_path):
+        """Of one model, for a plan refuses models of which nothing is taken."""
+        self._merge_files(tmp_path, 1)
+
 
 def test_every_built_in_method_runs_the_suite():
     built_in = {name for name in methods.names() if methods.get(name).function.__module__.startswith("graftkit.")}
@@ -58,7 +64,7 @@ def test_every_built_in_method_runs_the_suite():
 
 
 def run(name, case, rng=None, **knobs):
-    tensors = {"base": torch.from_numpy(case.base), "models": torch.from_numpy(case.models)}
+    tensors = {"base": torch.tensor(case.base), "models": torch.tensor(case.models)}
     return methods.get(name).run(**tensors, rng=rng, **knobs).numpy()
 
 
@@ -117,7 +123,8 @@ def test_ties_of_a_whole_model_is_its_reference(data):
     deltas = [torch.from_numpy(case.models - case.base) for case in tensors]
     threshold = parts.threshold_of(torch.cat([d.reshape(count, -1) for d in deltas], dim=1), density)
     function = methods.get("ties").function
-    wanted = ties_model([c.base for c in tensors], [[c.models[k] for c in tensors] for k in range(count)], density=density, **knobs)
+    models = [[case.models[k] for case in tensors] for k in range(count)]
+    wanted = ties_model([case.base for case in tensors], models, density=density, **knobs)
     for case, delta, want in zip(tensors, deltas, wanted, strict=True):
         got = case.base + function(delta, threshold, density=density, scope="model", **knobs).numpy()
         assert_equal(got, want, case, 2 * 20 * count)
@@ -134,7 +141,7 @@ def test_dare_is_its_reference(data):
         "rescale": data.draw(st.booleans()),
     }
     rng = Keyed.of(seed=data.draw(st.integers(0, 9)), models=case.count)
-    uniform = rng.uniform(torch.from_numpy(case.models)).numpy()
+    uniform = rng.uniform(torch.tensor(case.models)).numpy()
     got = run("dare", case, rng, weight=weight, density=density, **knobs)
     want = dare(case.base, case.models, uniform, weight, density, **knobs)
     assert_equal(got, want, case, 100 * 2 * 20 * case.count)
@@ -175,11 +182,12 @@ def test_worked_examples():
 def test_identities_of_one_model_and_of_copies():
     base, model = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     rng = Keyed.of(seed=0, models=3)
-    for name, knobs in [("average", {}), ("task_arithmetic", {}), ("ties", {"density": 1.0}), ("dare", {"density": 1.0})]:
+    whole = {"density": 1.0}
+    for name, knobs in [("average", {}), ("task_arithmetic", {}), ("ties", whole), ("dare", whole)]:
         alone = methods.get(name).run(base=base, models=model[None], rng=Keyed.of(seed=0, models=1), **knobs)
         torch.testing.assert_close(alone, model, msg=f"{name}: one model")
     copies = model.expand(3, 4, 5)
-    for name, knobs in [("average", {}), ("ties", {"density": 1.0}), ("task_arithmetic", {"weight": 1 / 3})]:
+    for name, knobs in [("average", {}), ("ties", whole), ("task_arithmetic", {"weight": 1 / 3})]:
         torch.testing.assert_close(methods.get(name).run(base=base, models=copies, rng=rng, **knobs), model)
     torch.testing.assert_close(methods.get("slerp").run(models=copies[:2], t=0.3), model)
 
@@ -207,10 +215,15 @@ def test_ties_of_a_whole_model_through_the_engine(tmp_path):
     from graftkit.recipes.plan import plan
 
     draw = np.random.default_rng(0)
-    shapes = {"model.layers.0.mlp.up_proj.weight": (6, 4), "model.layers.1.mlp.up_proj.weight": (5, 3), "model.norm.weight": (7,)}
+    shapes = {"layers.0.mlp.up_proj.weight": (6, 4), "layers.1.mlp.up_proj.weight": (5, 3), "norm.weight": (7,)}
     spread = dict(zip(shapes, (1.0, 0.1, 3.0), strict=True))
     base = {name: draw.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    tuned = [{n: b + (draw.integers(-8, 9, b.shape) / 8 * spread[n]).astype(np.float32) for n, b in base.items()} for _ in range(2)]
+
+    def tune():
+        deltas = {name: draw.integers(-8, 9, shape) / 8 * spread[name] for name, shape in shapes.items()}
+        return {name: (base[name] + delta).astype(np.float32) for name, delta in deltas.items()}
+
+    tuned = [tune(), tune()]
     for directory, tensors in zip(("base", "one", "two"), (base, *tuned), strict=True):
         (tmp_path / directory).mkdir()
         save_file(tensors, tmp_path / directory / "model.safetensors")
@@ -252,3 +265,18 @@ def test_run_refuses_what_cannot_be_meant():
         methods.get("passthrough").run(models=models, take=3)
     with pytest.raises(ValueError, match="2 values for 3 models"):
         methods.get("average").run(models=models, weight=[0.5, 0.5])
+
+
+# The suite itself
+
+
+def test_the_suite_finds_broken_promises(pytester, monkeypatch):
+    """Each method of `reference/broken.py` breaks one promise, and the test of that promise fails for it."""
+    monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
+    from reference.broken import BREAKS
+
+    pytester.makepyfile(test_broken="from reference.broken import *")
+    nodes = [f"test_broken.py::{suite}::{promise}" for suite, promise in BREAKS.items()]
+    report = pytester.inline_run("-p", "no:cacheprovider", "--tb=no", "test_broken.py::Test_sound", *nodes)
+    failed = {tuple(item.nodeid.partition("[")[0].split("::")[1:]) for item in report.getfailures()}
+    assert failed == set(BREAKS.items())

@@ -28,8 +28,11 @@ class Case:
         return float(np.abs(self.models).max(initial=0) + np.abs(self.base).max(initial=0))
 
 
+COUNTS, ANY_SHAPE = st.integers(1, 4), st.sampled_from(SHAPES)
+
+
 @st.composite
-def cases(draw, count=st.integers(1, 4), shape=st.sampled_from(SHAPES)):
+def cases(draw, count=COUNTS, shape=ANY_SHAPE):
     """Multiples of 1/64 of small or of up to 14 bits, times a power of two."""
     sizes, models = draw(shape), draw(count)
     bound, scale = draw(st.sampled_from([3, 64, 8192])), 2.0 ** draw(st.integers(-20, 20))

@@ -1,6 +1,7 @@
 """DARE (Yu et al. 2024, section 3): drop entries of the task vectors at random and rescale what is left."""
 
 import numpy as np
+
 from reference.ties import merged_delta
 
 

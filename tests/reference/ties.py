@@ -45,7 +45,7 @@ def ties(base, models, weight, density, **options):
 
 
 def ties_model(bases, models, weight, density, **options):
-    """Scope model: the share is counted over all tensors; `bases` is a list of tensors, `models` a list of such lists."""
+    """Scope model: the share is counted over all tensors; `bases` is a list of tensors, `models` lists of them."""
     kept = []
     for tensors, share in zip(models, density, strict=True):
         deltas = [tensor - base for tensor, base in zip(tensors, bases, strict=True)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,13 +120,14 @@ def _load(gguf: Path, dtype: str) -> tuple[Any, Any, dict[str, Any]]:
     import torch
     import transformers
 
+    models: Any = transformers.AutoModelForCausalLM
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     place: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
     keywords = {"dtype" if version >= (4, 56) else "torch_dtype": getattr(torch, dtype), "output_loading_info": True}
     if hasattr(transformers, "GgufConfig"):  # releases before it hand back dense weights unasked
         keywords["quantization_config"] = transformers.GgufConfig(dequantize=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **place)
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **place, **keywords)
+    model, loading = models.from_pretrained(str(gguf.parent), **place, **keywords)
     return tokenizer, model, loading
 
 

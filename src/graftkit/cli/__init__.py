@@ -47,8 +47,7 @@ def _options(
 
 def main() -> None:
     """Runs the program."""
-    for library in ("OPENBLAS", "OMP", "MKL"):  # one thread a worker: workers are the parallelism, and bytes stay the same
-        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products: workers are the parallelism
     try:
         app()
     except GraftError as error:

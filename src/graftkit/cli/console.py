@@ -7,7 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graftkit.errors import OutputError
+
+if TYPE_CHECKING:
+    from graftkit.measuring.table import Table
 
 PATIENCE = 1.0  # seconds before a progress bar shows
 
@@ -15,6 +21,37 @@ PATIENCE = 1.0  # seconds before a progress bar shows
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON document in a file. Raises OutputError when it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def print_table(table: Table) -> None:
+    """A table for people, as wide as it needs to be."""
+    from rich.console import Console
+
+    console = Console()
+    console.print(table.to_rich(), width=max(console.width, 100))
+
+
+def quiet_libraries(threads: int | None) -> None:
+    """Silences what libraries say for themselves, and gives torch its threads (all cores without a number)."""
+    import os
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(threads or os.cpu_count() or 1)
 
 
 def size_of(count: float) -> str:

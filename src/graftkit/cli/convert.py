@@ -27,11 +27,9 @@ def convert(
     if json:
         console.print_json(made)
         return
+    size = f"{console.count_of(made['parameters'])} parameters as {dtype}, {console.size_of(made['bytes'])}"
     beside = "with" if made["chat_template"] else "without"
-    typer.echo(
-        f"{out}: {made['architecture']}, {made['tensors']} tensors, {console.count_of(made['parameters'])} parameters as "
-        f"{dtype}, {console.size_of(made['bytes'])}, {beside} chat template"
-    )
+    typer.echo(f"{out}: {made['architecture']}, {made['tensors']} tensors, {size}, {beside} chat template")
 
 
 def _described(out: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def apply(
         if not isinstance(value, np.ndarray):
             return value
         moved = torch.from_numpy(value).to(device)
-        return moved.reshape(-1, *shape) if name in ("models", "deltas") else moved.reshape(shape) if name == "base" else moved
+        return moved.reshape(len(value), *shape) if name in ("models", "deltas") else moved.reshape(shape) if name == "base" else moved
 
     with torch.inference_mode():
         result = method.function(*(tensor(n, v) for n, v in zip(method.reads, arguments, strict=True)), **knobs)

@@ -26,10 +26,18 @@ from graftkit.recipes.plan import BLOCK, Input, Step
 def cuts(step: Step) -> Iterator[tuple[int, int]]:
     """The element ranges in which a step is computed: fixed by its shape and its method's grain, by nothing else."""
     grain = methods.get(step.method).grain if step.method else "element"
-    row = step.elements // step.shape[0] if step.shape and step.shape[0] else 1
+    row = step.elements // step.shape[0] if len(step.shape) > 1 and step.shape[0] else step.elements  # a vector is one row
     size = BLOCK if grain == "element" else max(1, BLOCK // max(row, 1)) * row if grain == "row" else step.elements
     for start in range(0, step.elements, max(size, 1)):
         yield start, min(start + size, step.elements)
+
+
+def block_shape(step: Step, start: int, stop: int) -> tuple[int, ...]:
+    """The shape in which a method sees a block: flat, whole rows, or the whole tensor, by its grain."""
+    grain = methods.get(step.method).grain
+    if grain == "tensor" or (grain == "row" and len(step.shape) < 2):
+        return step.shape
+    return (stop - start,) if grain == "element" else ((stop - start) * step.shape[0] // step.elements, *step.shape[1:])
 
 
 @dataclass(frozen=True)

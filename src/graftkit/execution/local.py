@@ -23,7 +23,7 @@ from graftkit.checkpoints.sink import Sink
 from graftkit.errors import CheckpointError, GraftError, PlanError
 from graftkit.execution import record, reductions
 from graftkit.execution.apply import Tally, apply, cast
-from graftkit.execution.blocks import Reader, Workspace, cuts, inputs_of, non_finite, open_feed
+from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.reductions import Threshold
 from graftkit.recipes.plan import Plan, Step, plan
 from graftkit.recipes.recipe import Recipe
@@ -223,13 +223,11 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     method, space = methods.get(step.method), job.space
     statistics, notes = reductions.statistics_of(method, step, job.plan.sources, space, job.thresholds.get(step.group))
     reader, tally = Reader(step, job.plan.sources, space), Tally()
-    row_shape = step.shape[1:] if method.grain == "row" else ()
     for start, stop in cuts(step):
         if job.stop.is_set():
             raise _Stopped
         given = inputs_of(method, reader, start, stop, statistics)
-        shape = step.shape if method.grain == "tensor" else (-1, *row_shape) if row_shape else (stop - start,)
-        result = apply(method, given, step.knobs, shape, job.device, space)
+        result = apply(method, given, step.knobs, block_shape(step, start, stop), job.device, space)
         raw = cast(result, given["base"], method.returns_delta, step.dtype, tally, space, f"tensor {step.name!r}")
         job.sink.write(step.name, start, raw)
     return {"method": step.method, **tally.record(step.elements), **notes}

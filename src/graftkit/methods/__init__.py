@@ -77,21 +77,33 @@ class Method:
     def run(self, *, base: Any = None, models: Any = None, rng: Any = None, **knobs: Any) -> Any:
         """Merges whole tensors in memory: `base` [*shape], `models` [models, *shape]; returns the merged weights.
 
-        The reference for everything that the engine does in blocks. Raises RecipeError for a knob that does not exist.
+        The reference for everything that the engine does in blocks. A knob may be a tensor, to take gradients by it.
+        Raises RecipeError for a knob that does not exist or is out of its range, and for inputs that are missing.
         """
         from graftkit.methods import parts
 
-        for name in knobs:
-            if name not in self.knobs:
-                raise RecipeError(unknown(f"knob of {self.name}", name, self.knobs))
-        values = {name: knob.default for name, knob in self.knobs.items()} | knobs
+        values = {name: knob.default for name, knob in self.knobs.items()} | self._checked(knobs)
+        fewest, most = self.model_count
+        if not fewest <= len(models) <= (most or len(models)):
+            wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
+            raise RecipeError(f"{self.name} takes {wanted} models, got {len(models)}")
         if self.needs_base and base is None:
             raise RecipeError(f"{self.name} works on deltas: it needs a base")
+        if "rng" in self.reads and rng is None:
+            raise RecipeError(f"{self.name} draws random numbers: give rng=Keyed.of(seed=0, models={len(models)})")
         deltas = models - base if self.needs_base else None
         given = {"base": base, "models": models, "deltas": deltas, "rng": rng}
         statistics = {name: parts.statistic(name, given, values) for name in self.statistics}
         result = self.function(*(statistics[n] if n in statistics else given[n] for n in self.reads), **values)
         return base + result if self.returns_delta else result
+
+    def _checked(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of knobs, validated; tensors and arrays are taken as they are."""
+        for name in knobs:
+            if name not in self.knobs:
+                raise RecipeError(unknown(f"knob of {self.name}", name, self.knobs))
+        arrays = {name: value for name, value in knobs.items() if hasattr(value, "__array__")}
+        return {n: self.knobs[n].check(v, f"{self.name}: {n}") for n, v in knobs.items() if n not in arrays} | arrays
 
 
 _REGISTRY: dict[str, Method] = {}

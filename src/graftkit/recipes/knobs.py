@@ -60,7 +60,10 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
         beside = {key: item for key, item in beside.items() if key not in rule.knobs}
     method, position = methods.get(chosen), _position(name, last_layer)
     given |= {key: item for key, item in beside.items() if key in method.knobs}
-    return Setting(chosen, {key: _value(knob, given.get(key), position, len(recipe.models)) for key, knob in method.knobs.items()})
+    values = {key: _value(knob, given.get(key), position, len(recipe.models)) for key, knob in method.knobs.items()}
+    if values.get("normalize") and abs(sum(values["weight"])) < 1e-12:
+        raise RecipeError(f"{given.get('weight', ('', 'recipe.knobs.weight'))[1]}: the weights sum to zero, and {chosen} divides by their sum")
+    return Setting(chosen, values)
 
 
 def _beside(recipe: Recipe) -> dict[str, tuple[Any, str]]:

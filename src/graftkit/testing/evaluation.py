@@ -1,8 +1,9 @@
-"""Running a method as the engine does: on a whole tensor or on a block of it, by its function or by its compiled twin."""
+"""Running a method as the engine does: on a tensor or on a block of it, by its function or by its compiled twin."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from graftkit.testing.samples import Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    Tensors = dict[str, tuple[Tensor, Keyed]]
 
 
 def settings(method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def inputs(method: Method, sample: Sample, knobs: Mapping[str, Any]) -> dict[str
 
 
 def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Elements `[start, stop)` of all inputs, as the engine cuts them; `row` is the shape of a row where it cuts rows."""
+    """Elements `[start, stop)` of all inputs, as the engine cuts them; `row` is the shape of a row, for grain `row`."""
     shape = (-1, *row)
     base = given["base"].reshape(-1)[start:stop].reshape(shape)
     stacks = {
@@ -38,10 +41,15 @@ def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] 
     return {**given, **stacks, "base": base, "rng": Keyed(given["rng"].keys, start)}
 
 
+def result(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
+    """What the method's function returns, weights or a delta [*shape]."""
+    return method.function(*(given[name] for name in method.reads), **settings(method, knobs))  # type: ignore[no-any-return]
+
+
 def weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
     """The merged weights [*shape], by the method's function."""
-    result = method.function(*(given[name] for name in method.reads), **settings(method, knobs))
-    return given["base"] + result if method.returns_delta else result  # type: ignore[no-any-return]
+    made = result(method, given, knobs)
+    return given["base"] + made if method.returns_delta else made  # type: ignore[no-any-return]
 
 
 def kernel_weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
@@ -54,8 +62,31 @@ def kernel_weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str,
     flat = {name: _flat(name, given[name]) for name in method.reads}
     out = np.full(given["base"].numel(), np.nan, given["base"].numpy().dtype)
     kernel_of(method.kernel)(*flat.values(), **settings(method, knobs), out=out)
-    result = torch.from_numpy(out)
-    return given["base"].reshape(-1) + result if method.returns_delta else result
+    made = torch.from_numpy(out)
+    return given["base"].reshape(-1) + made if method.returns_delta else made
+
+
+def through_files(method: Method, directory: Path, tensors: Mapping[str, Sample], knobs: Mapping[str, Any]) -> Tensors:
+    """The merged weights of several tensors, by a recipe on checkpoints in a directory; and the streams that it drew."""
+    from safetensors.torch import load_file, save_file
+
+    from graftkit.execution.local import execute
+    from graftkit.recipes.plan import plan
+
+    count = next(iter(tensors.values())).count
+    held = {"base": {name: sample.base.float() for name, sample in tensors.items()}}
+    held |= {f"model{k}": {name: sample.models[k].float() for name, sample in tensors.items()} for k in range(count)}
+    for model, weights in held.items():
+        (directory / model).mkdir()
+        (directory / model / "config.json").write_text("{}")
+        save_file(
+            {name: value.contiguous() for name, value in weights.items()}, directory / model / "model.safetensors"
+        )
+    models = [str(directory / model) for model in held if model != "base"]
+    made = plan({"method": method.name, "base": str(directory / "base"), "models": models, "knobs": dict(knobs)})
+    execute(made, directory / "out", workers=1)
+    merged = load_file(directory / "out" / "model.safetensors")
+    return {step.name: (merged[step.name], Keyed(step.keys)) for step in made.steps}
 
 
 def _flat(name: str, value: Any) -> Any:

@@ -32,7 +32,7 @@ def unit(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def beyond_one_unit(got: np.ndarray, want: np.ndarray, dtype: str, inputs: np.ndarray) -> np.ndarray:
-    """Which of two rounded results lie more than one unit of `dtype` apart. `inputs`: the largest input of each entry."""
+    """Where two rounded results lie more than one unit of `dtype` apart. `inputs`: the largest input of each entry."""
     with np.errstate(invalid="ignore"):
         gap = np.abs(got - want)
     size = np.maximum(np.maximum(np.abs(got), np.abs(want)), inputs * CANCELLED)

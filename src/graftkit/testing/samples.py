@@ -1,4 +1,4 @@
-"""Inputs that bring a method's mistakes to light: ties, zeros, tiny and huge numbers, odd shapes, knobs at their ends."""
+"""Inputs that bring mistakes to light: ties, zeros, tiny and huge numbers, odd shapes, knobs at their ends."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST = 256  # combinations of knobs that a test goes through
 
 @dataclass(frozen=True)
 class Sample:
-    """What a merge starts from: `base` [*shape], `models` [models, *shape], and a stream of random numbers per model."""
+    """What a merge starts from: `base` [*shape], `models` [models, *shape], and a random stream per model."""
 
     base: Tensor
     models: Tensor
