@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import graftkit
-import tiny
 from graftkit.checkpoints.adapters import open_adapter
 from graftkit.checkpoints.headers import read_header
 from graftkit.checkpoints.sources import fingerprint, open_checkpoint
@@ -73,7 +73,9 @@ def test_a_malformed_header_is_refused(tmp_path: Path, change: object, message: 
 
 
 def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
-    text = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    text = (
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+    )
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0\0\0")
     with pytest.raises(CheckpointError, match="names 'a' twice"):
         open_checkpoint(tmp_path)
@@ -191,7 +193,12 @@ def test_adapters_whose_delta_is_something_else_are_refused(tmp_path: Path, conf
 
 @pytest.mark.parametrize(
     ("config", "scale"),
-    [({}, 2.0), ({"use_rslora": True}, 4.0), ({"alpha_pattern": {"q_proj": 2}}, 0.5), ({"alpha_pattern": {"0.self_attn.q_proj": 2}}, 0.5)],
+    [
+        ({}, 2.0),
+        ({"use_rslora": True}, 4.0),
+        ({"alpha_pattern": {"q_proj": 2}}, 0.5),
+        ({"alpha_pattern": {"0.self_attn.q_proj": 2}}, 0.5),
+    ],
 )
 def test_the_scale_is_pefts(tmp_path: Path, config: dict, scale: float) -> None:
     factors = open_adapter(tiny.adapter(tmp_path / "lora", 0, **config)).factors
@@ -222,7 +229,14 @@ def test_peft_reads_the_adapter_as_we_do(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     base = tiny.save(tmp_path / "base", tiny.weights(0, dtype=torch.float32), config={"dtype": "float32"})
-    lora = tiny.adapter(tmp_path / "lora", 3, rank=3, targets=("q_proj", "v_proj", "up_proj"), use_rslora=True, alpha_pattern={"up_proj": 5})
+    lora = tiny.adapter(
+        tmp_path / "lora",
+        3,
+        rank=3,
+        targets=("q_proj", "v_proj", "up_proj"),
+        use_rslora=True,
+        alpha_pattern={"up_proj": 5},
+    )
     graftkit.merge({"method": "task_arithmetic", "base": str(base), "models": [str(lora)]}, tmp_path / "out")
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).merge_and_unload()
     ours = load_file(tmp_path / "out" / "model.safetensors")

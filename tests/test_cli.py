@@ -8,20 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import tiny
 
 
 def graft(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", "from graftkit.cli import main; main()"]
-    return subprocess.run([*program, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    return subprocess.run(
+        [*program, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120, check=False
+    )
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("family")
     tiny.family(root)
-    tiny.recipe(root, "method: ties\nbase: base\nmodels:\n  - {model: math, weight: 0.6}\n  - {model: code, weight: 0.4}\n")
+    tiny.recipe(
+        root, "method: ties\nbase: base\nmodels:\n  - {model: math, weight: 0.6}\n  - {model: code, weight: 0.4}\n"
+    )
     return root
 
 

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from graftkit.checkpoints import gguf as converting
 from graftkit.checkpoints.gguf import convert_gguf
+from graftkit.checkpoints.headers import DTYPE_NAMES
 from graftkit.checkpoints.sources import open_checkpoint
 from graftkit.cli import app
 from graftkit.errors import CheckpointError, GraftError, OutputError
@@ -57,7 +58,9 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "Q8_0", without: str = "", parts: int = 1) -> Path:
+def write_gguf(
+    path: Path, *, architecture: str = "llama", kind: str = "Q8_0", without: str = "", parts: int = 1
+) -> Path:
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)
@@ -93,7 +96,8 @@ def write_gguf(path: Path, *, architecture: str = "llama", kind: str = "Q8_0", w
 def add_tensor(writer: Any, name: str, weight: np.ndarray, kind: str) -> None:
     import gguf
 
-    stored = permuted(weight, HEADS if "q_proj" in name else KEYS) if name.endswith(("q_proj.weight", "k_proj.weight")) else weight
+    heads = {"q_proj": HEADS, "k_proj": KEYS}.get(name.split(".")[-2])
+    stored = permuted(weight, heads) if heads else weight
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     quantisation = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
@@ -114,7 +118,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("dtype", converting.DTYPES)
-def test_a_quantised_llama_becomes_a_checkpoint_with_the_values_of_the_file(source: Path, tmp_path: Path, dtype: str) -> None:
+def test_a_quantised_llama_becomes_a_checkpoint_with_the_values_of_the_file(
+    source: Path, tmp_path: Path, dtype: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = convert_gguf(source, tmp_path / "out", dtype)
@@ -131,7 +137,7 @@ def test_a_quantised_llama_becomes_a_checkpoint_with_the_values_of_the_file(sour
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] and config["dtype"] == dtype
     assert not {"quantization_config", "_name_or_path", "_model_name_or_path"} & set(config)
-    assert {info.dtype for info in open_checkpoint(out).tensors.values()} == {{"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]}
+    assert {info.dtype for info in open_checkpoint(out).tensors.values()} == {DTYPE_NAMES[dtype]}
 
 
 def test_the_command_says_what_it_made_and_refuses_to_write_over_it(source: Path, tmp_path: Path) -> None:
@@ -139,7 +145,9 @@ def test_the_command_says_what_it_made_and_refuses_to_write_over_it(source: Path
     made = CliRunner().invoke(app, ["convert", str(source), str(out), "--json"])
     assert made.exit_code == 0, made.output
     told = json.loads(made.stdout)
-    assert told["architecture"] == "LlamaForCausalLM" and told["chat_template"] and told["tensors"] == len(llama_weights())
+    assert (
+        told["architecture"] == "LlamaForCausalLM" and told["chat_template"] and told["tensors"] == len(llama_weights())
+    )
     with pytest.raises(OutputError, match="--overwrite"):
         convert_gguf(source, out)
     (out / "stale.safetensors").write_bytes(b"")

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 import graftkit
-import tiny
 from graftkit.checkpoints.sink import JOURNAL, Sink
 from graftkit.errors import OutputError
 
@@ -42,7 +42,8 @@ for _ in range(20):
     journal = out.with_name(f".{out.name}.graft-partial") / "graft-journal.jsonl"
     resumed += journal.is_file() and len(journal.read_text().splitlines()) > 1
     whole = not out.exists() or (out / "graft.json").is_file()
-    same = not out.exists() or (out / "model.safetensors").read_bytes() == out.with_name("reference").joinpath("model.safetensors").read_bytes()
+    wanted = out.with_name("reference").joinpath("model.safetensors").read_bytes()
+    same = not out.exists() or (out / "model.safetensors").read_bytes() == wanted
     assert whole and same, "half an output under the final name"
 record = graftkit.merge(recipe, out, workers=2, overwrite=True)
 assert (out / "model.safetensors").read_bytes() == out.with_name("reference").joinpath("model.safetensors").read_bytes()
@@ -55,13 +56,19 @@ def large(seed: int, near: dict[str, torch.Tensor] | None = None) -> dict[str, t
     made = {}
     for k in range(40):
         noise = torch.randn(700, 700, generator=generator)
-        made[f"model.layers.{k}.mlp.up_proj.weight"] = (near[f"model.layers.{k}.mlp.up_proj.weight"].float() + 0.01 * noise if near else noise).bfloat16()
+        made[f"model.layers.{k}.mlp.up_proj.weight"] = (
+            near[f"model.layers.{k}.mlp.up_proj.weight"].float() + 0.01 * noise if near else noise
+        ).bfloat16()
     return made
 
 
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
     base = large(0)
-    paths = [tiny.save(tmp_path / "base", base), tiny.save(tmp_path / "math", large(1, base)), tiny.save(tmp_path / "code", large(2, base))]
+    paths = [
+        tiny.save(tmp_path / "base", base),
+        tiny.save(tmp_path / "math", large(1, base)),
+        tiny.save(tmp_path / "code", large(2, base)),
+    ]
     recipe = {"method": "ties", "base": str(paths[0]), "models": [str(paths[1]), str(paths[2])]}
     command = [sys.executable, "-c", KILLER, json.dumps(recipe), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -85,7 +92,11 @@ def test_an_interrupted_output_goes_on_with_what_was_finished(tmp_path: Path) ->
     sink = Sink(tmp_path / "out", LAYOUT, "plan")
     assert sink.done == {"one": {"method": "one"}}
     filled(sink, ("two", "three")).complete()
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.safetensors", "b.safetensors", "model.safetensors.index.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "a.safetensors",
+        "b.safetensors",
+        "model.safetensors.index.json",
+    ]
 
 
 def test_another_plan_starts_anew(tmp_path: Path) -> None:

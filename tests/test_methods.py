@@ -273,10 +273,11 @@ def test_run_refuses_what_cannot_be_meant():
 def test_the_suite_finds_broken_promises(pytester, monkeypatch):
     """Each method of `reference/broken.py` breaks one promise, and the test of that promise fails for it."""
     monkeypatch.setattr(methods, "_REGISTRY", dict(methods._REGISTRY))
-    from reference.broken import BREAKS
+    from reference.broken import BREAKS, SOUND
 
     pytester.makepyfile(test_broken="from reference.broken import *")
     nodes = [f"test_broken.py::{suite}::{promise}" for suite, promise in BREAKS.items()]
-    report = pytester.inline_run("-p", "no:cacheprovider", "--tb=no", "test_broken.py::Test_sound", *nodes)
+    nodes += [f"test_broken.py::{suite}" for suite in SOUND]
+    report = pytester.inline_run("-p", "no:cacheprovider", "--tb=no", *nodes)
     failed = {tuple(item.nodeid.partition("[")[0].split("::")[1:]) for item in report.getfailures()}
     assert failed == set(BREAKS.items())

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import tiny
 
 import graftkit
-import tiny
 from graftkit.errors import GraftError, PlanError, RecipeError
 from graftkit.recipes.recipe import Recipe, load, parse_size
 
@@ -85,9 +85,15 @@ MODELS = [
     ("method: ties\nbase: base\nmodels: []", "models"),
     ("method: ties\nbase: base", "the key 'models' is missing"),
     ("method: slerp\nmodels: [math]", "slerp takes exactly 2 models, got 1"),
-    ("method: ties\nbase: base\nmodels: [{model: math, wieght: 1}]", r"recipe.models\[0\]: unknown per-model knob of ties 'wieght'; did you mean 'weight'"),
+    (
+        "method: ties\nbase: base\nmodels: [{model: math, wieght: 1}]",
+        r"recipe.models\[0\]: unknown per-model knob of ties 'wieght'; did you mean 'weight'",
+    ),
     ("method: ties\nbase: base\nmodels: [{model: math, scope: model}]", "unknown per-model knob of ties 'scope'"),
-    ("method: ties\nbase: base\nmodels: [{model: math, weight: 0}, code]", r"recipe.models\[0\] \(math\) contributes nothing"),
+    (
+        "method: ties\nbase: base\nmodels: [{model: math, weight: 0}, code]",
+        r"recipe.models\[0\] \(math\) contributes nothing",
+    ),
     ("method: ties\nbase: base\nmodels: [mth, code]", "mth: no such directory"),
     ("method: ties\nbase: nobody/nothing\nmodels: [math, code]", "nobody/nothing: no such directory, and the hub"),
     ("- a\n- b", "a recipe is a mapping"),
@@ -107,7 +113,10 @@ def test_relative_paths_start_at_the_recipe(family: Path, tmp_path: Path, monkey
 
 
 def settings(family: Path, text: str) -> dict:
-    return {s.name: s for s in graftkit.plan(tiny.recipe(family, f"method: ties\nbase: base\nmodels: [math, code]\n{text}")).steps}
+    return {
+        s.name: s
+        for s in graftkit.plan(tiny.recipe(family, f"method: ties\nbase: base\nmodels: [math, code]\n{text}")).steps
+    }
 
 
 def test_later_rules_win_and_a_change_of_method_leaves_foreign_knobs_behind(family: Path) -> None:
@@ -139,7 +148,9 @@ def test_a_value_beside_a_model_leaves_the_others_at_the_common_value(family: Pa
 
 def test_the_hash_names_recipe_and_inputs(family: Path) -> None:
     text = "method: ties\nbase: base\nmodels: [math, code]\n"
-    one, two, other = (graftkit.plan(tiny.recipe(family, t)).hash for t in (text, text + "# a remark\n", text + "seed: 1\n"))
+    one, two, other = (
+        graftkit.plan(tiny.recipe(family, t)).hash for t in (text, text + "# a remark\n", text + "seed: 1\n")
+    )
     assert one == two != other
 
 

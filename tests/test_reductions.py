@@ -1,15 +1,15 @@
-"""Statistics made in blocks equal statistics of whole tensors; whole merges with model-scope statistics and plug-ins."""
+"""Statistics made in blocks equal statistics of whole tensors; merges with model-scope statistics and plug-ins."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
 import graftkit
-import tiny
 from graftkit import methods
 from graftkit.execution import blocks
 from graftkit.execution.blocks import Workspace
@@ -75,7 +75,9 @@ def test_tied_magnitudes_are_all_kept_and_counted(tmp_path: Path) -> None:
 def test_model_scope_counts_over_all_tensors_that_the_settings_merge(tmp_path: Path) -> None:
     family = tiny.family(tmp_path, dtype=torch.float32)
     rules = [{"where": {"role": "norm"}, "method": "task_arithmetic"}]
-    record = graftkit.merge(recipe(family, knobs={"scope": "model", "density": 0.1}, rules=rules), tmp_path / "out", workers=3)
+    record = graftkit.merge(
+        recipe(family, knobs={"scope": "model", "density": 0.1}, rules=rules), tmp_path / "out", workers=3
+    )
     whole = {n: d for n, d in deltas(family).items() if "norm" not in n}
     flat = torch.cat([d.reshape(2, -1) for d in whole.values()], dim=1)
     limit = threshold_of(flat, 0.1)

@@ -45,7 +45,9 @@ def shapes(layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     return found | {"model.norm.weight": (HIDDEN,)}
 
 
-def weights(seed: int, *, dtype: torch.dtype = torch.bfloat16, near: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def weights(
+    seed: int, *, dtype: torch.dtype = torch.bfloat16, near: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
     """Random weights; `near` another model's, at the distance of a fine-tune."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
@@ -55,7 +57,9 @@ def weights(seed: int, *, dtype: torch.dtype = torch.bfloat16, near: dict[str, t
     return made
 
 
-def save(directory: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, config: dict[str, Any] | None = None) -> Path:
+def save(
+    directory: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1, config: dict[str, Any] | None = None
+) -> Path:
     """A checkpoint directory, in one file or in shards with an index."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIG | (config or {})))
@@ -99,7 +103,13 @@ def adapter(
             tensors[f"{module}.lora_A.weight"] = 0.1 * torch.randn(rank, shape[1], generator=generator)
             tensors[f"{module}.lora_B.weight"] = 0.1 * torch.randn(shape[0], rank, generator=generator)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "tiny/base", "target_modules": list(targets)}
+    settings = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "base_model_name_or_path": "tiny/base",
+        "target_modules": list(targets),
+    }
     (directory / "adapter_config.json").write_text(json.dumps(settings | config))
     return directory
 

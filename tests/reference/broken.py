@@ -1,4 +1,4 @@
-"""Methods that break one promise each, and the test of the conformance suite that must say so.
+"""Methods that break one promise each, and the test of the conformance suite that must say so; and some sound ones.
 
 Not collected from here: `test_methods.py` runs it as a test module of its own.
 """
@@ -13,7 +13,8 @@ from graftkit.methods.random import Keyed
 from graftkit.testing import MethodConformance
 
 Weight = Annotated[PerModel, Range(search=(0, 1))]
-BREAKS = {}
+BREAKS: dict[str, str] = {}
+SOUND: list[str] = []
 
 
 def breaks(promise, **options):
@@ -26,6 +27,8 @@ def breaks(promise, **options):
         globals()[suite] = type(suite, (MethodConformance,), {"method": function.__name__, "__module__": __name__})
         if promise:
             BREAKS[suite] = promise
+        else:
+            SOUND.append(suite)
         return function
 
     return register
@@ -41,6 +44,27 @@ def sound_kernel(deltas, *, weight, out):
     out[:] = 0
     for w, delta in zip(weights, deltas, strict=True):
         out += w * delta
+
+
+@breaks(None, grain="row")
+def sound_by_rows(deltas, *, weight: Weight = 1.0):
+    rows = deltas if deltas.ndim > 1 else deltas.unsqueeze(1)
+    sizes = rows.abs().flatten(2).sum(dim=(0, 2)) if rows.ndim > 2 else rows.abs().sum(dim=0)
+    return parts.weighted_sum(deltas, weight) * sizes.reshape((*deltas.shape[1:2], *[1] * (deltas.ndim - 2)))
+
+
+@breaks(None, grain="tensor")
+def sound_on_the_whole(deltas, *, weight: Weight = 1.0):
+    return parts.weighted_sum(deltas, weight) * deltas.abs().sum()
+
+
+@breaks(None)
+def sound_by_threshold(deltas, threshold, *, density: Annotated[PerModel, Range(0, 1)] = 0.5):
+    """Merges.
+
+    density: any.
+    """
+    return parts.trim(deltas, threshold).sum(dim=0)
 
 
 @breaks("test_zero_deltas_return_the_base")

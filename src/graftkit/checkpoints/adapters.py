@@ -108,7 +108,9 @@ def open_adapter(directory: Path) -> Adapter:
     config = read_json(directory / CONFIG)
     _refuse_kinds(directory, config)
     if not (directory / WEIGHTS).is_file():
-        hint = "it holds pickle weights only; save it again as safetensors" if list(directory.glob("*.bin")) else "missing"
+        hint = (
+            "it holds pickle weights only; save it again as safetensors" if list(directory.glob("*.bin")) else "missing"
+        )
         raise CheckpointError(f"{directory / WEIGHTS}: {hint}")
     held, _ = read_header(directory / WEIGHTS)
     pairs: dict[str, dict[str, TensorInfo]] = {}
@@ -130,7 +132,9 @@ def open_adapter(directory: Path) -> Adapter:
 def _refuse_kinds(directory: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise CheckpointError(f"{directory}: adapter of type {kind!r}; only LORA is read (merge it into its base first)")
+        raise CheckpointError(
+            f"{directory}: adapter of type {kind!r}; only LORA is read (merge it into its base first)"
+        )
     if config.get("use_dora"):
         raise CheckpointError(f"{directory}: a DoRA adapter, whose delta is not low-rank; merge it into its base first")
     if config.get("lora_bias"):
@@ -164,7 +168,9 @@ def _factors(directory: Path, module: str, parts: Mapping[str, TensorInfo], conf
         raise CheckpointError(f"{directory}: module {module!r} needs both of {' and '.join(wanted)}")
     a, b = parts[wanted[0]], parts[wanted[1]]
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-        raise CheckpointError(f"{directory}: module {module!r} has factors {list(a.shape)} and {list(b.shape)}, which do not multiply")
+        raise CheckpointError(
+            f"{directory}: module {module!r} has factors {list(a.shape)} and {list(b.shape)}, which do not multiply"
+        )
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", a.shape[0]))
     scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
     return Factors(a, b, float(scale), transposed=embedding or bool(config.get("fan_in_fan_out")))

@@ -29,9 +29,13 @@ def directory_of(name: str, relative_to: Path) -> Path:
         if candidate.is_dir():
             return candidate
         if candidate.is_file():
-            raise CheckpointError(f"{candidate} is a file; a model is a directory (a GGUF file becomes one by `graft convert`)")
+            raise CheckpointError(
+                f"{candidate} is a file; a model is a directory (a GGUF file becomes one by `graft convert`)"
+            )
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise CheckpointError(f"{name}: no such directory" + ("" if path.is_absolute() else f" in {relative_to} or here"))
+        raise CheckpointError(
+            f"{name}: no such directory" + ("" if path.is_absolute() else f" in {relative_to} or here")
+        )
     return _from_hub(name)
 
 

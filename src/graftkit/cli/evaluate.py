@@ -10,10 +10,15 @@ import typer
 
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Checkpoints, hub ids or LoRA adapters.", show_default=False)],
-    tasks: Annotated[list[Path], typer.Option("--tasks", "-t", help="A task's YAML or JSONL file; may be repeated.", show_default=False)],
+    tasks: Annotated[
+        list[Path],
+        typer.Option("--tasks", "-t", help="A task's YAML or JSONL file; may be repeated.", show_default=False),
+    ],
     base: Annotated[str | None, typer.Option(help="Which of the models is the base, for normalised scores.")] = None,
     adapter_base: Annotated[str | None, typer.Option(help="The base that adapters stand on.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the evaluation, every item's score included, as JSON.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the evaluation, every item's score included, as JSON.")
+    ] = None,
     subtasks: Annotated[bool, typer.Option("--subtasks", help="Print a table of subtasks for each task.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,

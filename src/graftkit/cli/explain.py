@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def explain(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickle checkpoints, with weights-only loading.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickle checkpoints, with weights-only loading.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a merge would do, tensor by tensor, and refuse what it could not. Reads no weights."""
@@ -44,14 +46,24 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
         typer.echo(f"  {source['role']:6} {source['kind']:10} {source['source']}  ({source['directory']})")
     for group in told["groups"]:
         knobs = ", ".join(f"{key} {_shown(value)}" for key, value in group["knobs"].items())
-        typer.echo(f"{group['method'] or 'copied'}: {group['tensors']} tensors, {count_of(group['parameters'])} parameters ({group['where']})")
+        typer.echo(
+            f"{group['method'] or 'copied'}: {group['tensors']} tensors, "
+            f"{count_of(group['parameters'])} parameters ({group['where']})"
+        )
         if knobs:
             typer.echo(f"    {knobs}")
     for note in told["notes"]:
         typer.echo(f"note: {note}")
     for step in told.get("tensors", []):
-        typer.echo(f"  {step['name']}  {step['shape']} {step['dtype']}  {step['method'] or 'copied'}  from {', '.join(step['from'])}")
+        typer.echo(
+            f"  {step['name']}  {step['shape']} {step['dtype']}  "
+            f"{step['method'] or 'copied'}  from {', '.join(step['from'])}"
+        )
 
 
 def _shown(value: Any) -> str:
-    return "[" + ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) + "]" if isinstance(value, tuple) else str(value)
+    return (
+        "[" + ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in value) + "]"
+        if isinstance(value, tuple)
+        else str(value)
+    )

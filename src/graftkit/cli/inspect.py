@@ -59,7 +59,7 @@ def meaning(found: Inspection) -> str:
     NaN or infinity anywhere. A model more than 0.5 |base| away from its base: hardly a fine-tune of it. Of several
     deltas, the pair with the largest |cosine|: below 0.1 nearly orthogonal, from 0.5 aligned, to -0.5 opposed, between
     them they overlap in part. One delta: below 0.02 |base| a light fine-tune. Of several models' weights, the pair with
-    the smallest cosine: from 0.9 they are of one line. The thresholds are rules of thumb for fine-tuned language models.
+    the smallest cosine: from 0.9 they are of one line. These are rules of thumb for fine-tuned language models.
     """
     if found.non_finite:
         first, count = found.non_finite[0], len(found.non_finite)

@@ -11,12 +11,20 @@ import typer
 def merge(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The directory to make.", show_default=False)],
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; all cores by default. Changes no byte of the result.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Memory to stay within, such as 1GB. Changes no byte of the result.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads; all cores by default. Changes no byte of the result.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to stay within, such as 1GB. Changes no byte of the result.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, whole.")] = False,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read pickle checkpoints, with weights-only loading.")] = False,
-    full_hash: Annotated[bool, typer.Option("--full-hash", help="Fingerprint inputs by every byte instead of samples.")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickle checkpoints, with weights-only loading.")
+    ] = False,
+    full_hash: Annotated[
+        bool, typer.Option("--full-hash", help="Fingerprint inputs by every byte instead of samples.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Merge models into a checkpoint that transformers loads as it is.

@@ -9,7 +9,9 @@ import typer
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method; without it, all are listed.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A method; without it, all are listed.", show_default=False)
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List the methods, or show one with its formula, knobs and source."""
@@ -46,6 +48,9 @@ def _data(method: Any) -> dict[str, Any]:
 
 def _page(method: Any) -> None:
     typer.echo(f"{method.name}\n\n{python.getdoc(method.function)}\n")
-    typer.echo(f"Reads: {', '.join(method.reads)}. Base: {'needed' if method.needs_base else 'not needed'}. Grain: {method.grain}.")
+    typer.echo(
+        f"Reads: {', '.join(method.reads)}. Base: {'needed' if method.needs_base else 'not needed'}. "
+        f"Grain: {method.grain}."
+    )
     for knob in method.knobs.values():
         typer.echo(f"  {knob.name} = {knob.default}    {knob.describe}")

@@ -53,13 +53,21 @@ def apply(
         if not isinstance(value, np.ndarray):
             return value
         moved = torch.from_numpy(value).to(device)
-        return moved.reshape(len(value), *shape) if name in ("models", "deltas") else moved.reshape(shape) if name == "base" else moved
+        return (
+            moved.reshape(len(value), *shape)
+            if name in ("models", "deltas")
+            else moved.reshape(shape)
+            if name == "base"
+            else moved
+        )
 
     with torch.inference_mode():
         result = method.function(*(tensor(n, v) for n, v in zip(method.reads, arguments, strict=True)), **knobs)
     stack = next(given[name] for name in ("deltas", "models", "base") if given.get(name) is not None)
     if result.numel() != stack.shape[-1]:
-        raise GraftError(f"method {method.name!r} returned {result.numel()} elements for {stack.shape[-1]}; a method keeps the shape")
+        raise GraftError(
+            f"method {method.name!r} returned {result.numel()} elements for {stack.shape[-1]}; a method keeps the shape"
+        )
     return np.ascontiguousarray(result.reshape(-1).cpu().numpy(), stack.dtype)
 
 
@@ -100,7 +108,9 @@ def cast(
     raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
     back = space.take("back", result.size, result.dtype)
     if not storage.widen(raw, dtype, back):
-        raise NonFiniteError(f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype")
+        raise NonFiniteError(
+            f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype"
+        )
     sums = _tally(wide, wide if base is None else base, back)
     tally.delta += float(sums[0])
     tally.lost += float(sums[1])

@@ -26,7 +26,9 @@ from graftkit.recipes.plan import BLOCK, Input, Step
 def cuts(step: Step) -> Iterator[tuple[int, int]]:
     """The element ranges in which a step is computed: fixed by its shape and its method's grain, by nothing else."""
     grain = methods.get(step.method).grain if step.method else "element"
-    row = step.elements // step.shape[0] if len(step.shape) > 1 and step.shape[0] else step.elements  # a vector is one row
+    row = (
+        step.elements // step.shape[0] if len(step.shape) > 1 and step.shape[0] else step.elements
+    )  # a vector is one row
     size = BLOCK if grain == "element" else max(1, BLOCK // max(row, 1)) * row if grain == "row" else step.elements
     for start in range(0, step.elements, max(size, 1)):
         yield start, min(start + size, step.elements)
@@ -54,7 +56,9 @@ class Feed:
         assert self.info is not None and self.source is not None and not isinstance(self.source, Adapter)
         return self.source.read(self.info, start, stop, buffer)
 
-    def numbers(self, start: int, stop: int, buffer: np.ndarray, out: np.ndarray, minus: np.ndarray | None = None) -> None:
+    def numbers(
+        self, start: int, stop: int, buffer: np.ndarray, out: np.ndarray, minus: np.ndarray | None = None
+    ) -> None:
         """Elements as numbers into `out`, less `minus`; refuses NaN and infinity by model and tensor."""
         assert self.info is not None
         raw, dtype = self.raw(start, stop, buffer), self.info.dtype
@@ -65,7 +69,9 @@ class Feed:
 
 def non_finite(label: str, info: TensorInfo) -> NonFiniteError:
     """The error for a broken input."""
-    return NonFiniteError(f"{label}: tensor {info.name!r} in {info.file} holds NaN or infinity; the model is broken, leave it out")
+    return NonFiniteError(
+        f"{label}: tensor {info.name!r} in {info.file} holds NaN or infinity; the model is broken, leave it out"
+    )
 
 
 def open_feed(part: Input, sources: tuple[Named, ...], dtype: Any) -> Feed:
@@ -143,14 +149,18 @@ class Reader:
                 feed.numbers(start, stop, self._buffer(stop - start), row)
                 continue
             if base is None:
-                raise CheckpointError(f"{feed.label}: an adapter needs its base's weights here, and the step has none; this is a bug")
+                raise CheckpointError(
+                    f"{feed.label}: an adapter needs its base's weights here, and the step has none; this is a bug"
+                )
             row[:] = base
             if feed.delta is not None:
                 row += feed.delta.block(start, stop)
         return stack
 
 
-def inputs_of(method: Method, reader: Reader, start: int, stop: int, statistics: dict[str, np.ndarray]) -> dict[str, Any]:
+def inputs_of(
+    method: Method, reader: Reader, start: int, stop: int, statistics: dict[str, np.ndarray]
+) -> dict[str, Any]:
     """Everything that a method reads, for one block, by name; `base` is there whenever the step reads it."""
     base = reader.read_base(start, stop)
     given: dict[str, Any] = {"base": base, **statistics}

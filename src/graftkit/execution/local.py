@@ -133,7 +133,9 @@ def _allowed_workers(plan: Plan, wanted: int, memory: int | None) -> int:
     each = plan.worker_bytes()
     room = (memory - RESIDENT) // max(each, 1)
     if room < 1:
-        raise PlanError(f"--memory {memory / 1e9:.2f} GB is too little: one worker needs {(each + RESIDENT) / 1e9:.2f} GB for this plan")
+        raise PlanError(
+            f"--memory {memory / 1e9:.2f} GB is too little: one worker needs {(each + RESIDENT) / 1e9:.2f} GB here"
+        )
     return int(max(1, min(wanted, room)))
 
 
@@ -155,10 +157,14 @@ def _statistics(job: Job) -> int:
         key = f"threshold {group}"
         if key not in job.sink.notes:
             total = 2 * sum(job.plan.input_bytes(step) for step in members)
-            made = reductions.select(members, members[0].knobs["density"], job.plan.sources, job.space, _spreader(job, total))
+            made = reductions.select(
+                members, members[0].knobs["density"], job.plan.sources, job.space, _spreader(job, total)
+            )
             job.sink.note(key, {"values": made.values.view(np.uint32).tolist(), "density": list(made.density)})
         noted = job.sink.notes[key]
-        job.thresholds[group] = Threshold(np.array(noted["values"], np.uint32).view(np.float32), tuple(noted["density"]))
+        job.thresholds[group] = Threshold(
+            np.array(noted["values"], np.uint32).view(np.float32), tuple(noted["density"])
+        )
         steps += len(members)
     return steps
 
@@ -234,7 +240,7 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
 
 
 def _copy_step(job: Job, step: Step) -> dict[str, Any]:
-    """Copies one tensor, bit for bit unless the output's dtype is another; refuses copies that differ among the models."""
+    """Copies one tensor, bit for bit unless the output has another dtype; refuses integers that differ."""
     assert step.base is not None
     feed, *twins = (open_feed(part, job.plan.sources, np.float64) for part in (step.base, *step.models))
     assert feed.info is not None
@@ -245,7 +251,9 @@ def _copy_step(job: Job, step: Step) -> dict[str, Any]:
             raise non_finite(feed.label, feed.info)
         for twin in twins:
             if not np.array_equal(raw, twin.raw(start, stop, space.take("twin", (stop - start) * 8, np.uint8))):
-                raise CheckpointError(f"{twin.label}: {step.name!r} ({dtype}) differs from {feed.label}'s, and integers are not merged")
+                raise CheckpointError(
+                    f"{twin.label}: {step.name!r} ({dtype}) differs from {feed.label}'s, and integers are not merged"
+                )
         if dtype != step.dtype:
             wide = space.take("base", stop - start, storage.compute_dtype(step.dtype))
             feed.numbers(start, stop, space.take("raw", (stop - start) * 8, np.uint8), wide)

@@ -1,4 +1,4 @@
-"""What stands beside the weights: the record `graft.json`, the model card, and what is taken over from the like model."""
+"""What stands beside the weights: the record `graft.json`, the model card, and files taken over from the like model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ FILE = "graft.json"
 TAKEN = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
 """Endings of the small files that an output takes over from the model that it is like: configuration, tokenizer,
 chat template, processor, and code that the model's own config refers to (copied, never run)."""
-LEFT = ("graft.json", "model.safetensors.index.json", "pytorch_model.bin.index.json", "training_args.json", "trainer_state.json", "adapter_config.json")
+LEFT = (
+    "graft.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "training_args.json",
+    "trainer_state.json",
+    "adapter_config.json",
+)
 LARGEST = 256 << 20  # bytes; what is larger is no configuration
 
 
@@ -39,9 +46,20 @@ def build(
         "graftkit": graftkit.__version__,
         "recipe": plan.recipe.to_dict(),
         "recipe_yaml": plan.recipe.to_yaml(),
-        "plan": {"hash": plan.hash, "steps": len(plan.steps), "bytes_read": plan.bytes_read, "bytes_written": plan.bytes_written},
+        "plan": {
+            "hash": plan.hash,
+            "steps": len(plan.steps),
+            "bytes_read": plan.bytes_read,
+            "bytes_written": plan.bytes_written,
+        },
         "inputs": [
-            {"role": n.role, "source": n.name, "kind": n.kind, "fingerprint": n.fingerprint, "directory": str(n.source.directory.resolve())}
+            {
+                "role": n.role,
+                "source": n.name,
+                "kind": n.kind,
+                "fingerprint": n.fingerprint,
+                "directory": str(n.source.directory.resolve()),
+            }
             for n in plan.sources
         ],
         "like": plan.sources[plan.like].name,
@@ -96,12 +114,14 @@ def side_files(plan: Plan, made: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
-    """A config that names the output's dtype, under the key that it already uses (old: `torch_dtype`), nested ones too."""
+    """A config that names the output's dtype, under the key that it uses (old: `torch_dtype`), nested ones too."""
     assert dtype in DTYPE_NAMES
 
     def changed(part: dict[str, Any], top: bool) -> dict[str, Any]:
         named = {k: (dtype if k in ("dtype", "torch_dtype") else v) for k, v in part.items()}
-        nested = {k: changed(v, False) if isinstance(v, dict) and k.endswith("_config") else v for k, v in named.items()}
+        nested = {
+            k: changed(v, False) if isinstance(v, dict) and k.endswith("_config") else v for k, v in named.items()
+        }
         return nested if not top or {"dtype", "torch_dtype"} & set(nested) else {**nested, "dtype": dtype}
 
     return (json.dumps(changed(config, True), indent=2, ensure_ascii=False) + "\n").encode()
@@ -110,7 +130,11 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
 def card(plan: Plan, made: Mapping[str, Any]) -> str:
     """The model card: what was merged, how, and the recipe that makes it again."""
     models = "\n".join(f"- {n.role}: `{n.name}` ({n.kind}, content {n.fingerprint[:12]})" for n in plan.sources)
-    base = [n.name for n in plan.sources if n.kind == "checkpoint" and not n.name.startswith((".", "/")) and n.name.count("/") == 1]
+    base = [
+        n.name
+        for n in plan.sources
+        if n.kind == "checkpoint" and not n.name.startswith((".", "/")) and n.name.count("/") == 1
+    ]
     front = "---\nlibrary_name: transformers\ntags:\n- merge\n- graftkit\n"
     front += "base_model:\n" + "".join(f"- {name}\n" for name in base) if base else ""
     return (

@@ -34,7 +34,7 @@ class Threshold:
 def statistics_of(
     method: Method, step: Step, sources: tuple[Named, ...], space: Workspace, known: Threshold | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What a method reads beside blocks, for one step; and what the record should say of it. `known`: from a stage before."""
+    """What a method reads beside blocks, and what the record should say of it; `known` is from a stage before."""
     found: dict[str, np.ndarray] = {}
     notes: dict[str, Any] = {}
     if "threshold" in method.statistics:
@@ -52,7 +52,11 @@ Spread = Callable[[Callable[[Step, Workspace], np.ndarray], Sequence[Step]], Ite
 
 
 def select(
-    steps: Sequence[Step], density: Sequence[float], sources: tuple[Named, ...], space: Workspace, spread: Spread | None = None
+    steps: Sequence[Step],
+    density: Sequence[float],
+    sources: tuple[Named, ...],
+    space: Workspace,
+    spread: Spread | None = None,
 ) -> Threshold:
     """The exact threshold of each model over all `steps` together."""
     run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))

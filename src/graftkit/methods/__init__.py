@@ -127,9 +127,8 @@ def method(
 
     def register(function: F) -> F:
         name = function.__name__
-        reads = tuple(
-            p.name for p in inspect.signature(function).parameters.values() if p.kind is not inspect.Parameter.KEYWORD_ONLY
-        )
+        parameters = inspect.signature(function).parameters.values()
+        reads = tuple(p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY)
         strange = [n for n in reads if n not in INPUTS]
         if strange:
             raise TypeError(f"method {name!r}: " + unknown("input", strange[0], INPUTS))

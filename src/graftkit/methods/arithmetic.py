@@ -78,7 +78,8 @@ def ties(
     record), an exactly zero sum elects plus (the authors' code: the majority of all signs), the count is rounded down
     (theirs: one more), and the default scope is the tensor (theirs: the model).
     """
-    return scale * disjoint(trim(deltas, threshold), weight, weighted_election=weighted_election, mean=combine == "mean")
+    kept = trim(deltas, threshold)
+    return scale * disjoint(kept, weight, weighted_election=weighted_election, mean=combine == "mean")
 
 
 @method(

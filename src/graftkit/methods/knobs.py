@@ -21,7 +21,7 @@ PerModel = float | Sequence[float]
 
 @dataclass(frozen=True)
 class Range:
-    """Where a number may lie, ends included; `search` is the part that a search looks at (the whole range if absent)."""
+    """Where a number may lie, ends included; `search` is the part that a search looks at (else all)."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -35,7 +35,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Knob:
-    """One hyperparameter: `kind` is `number`, `integer`, `choice` or `switch`; `choices` holds the names of a choice."""
+    """One hyperparameter: `kind` is `number`, `integer`, `choice` (of `choices`) or `switch`."""
 
     name: str
     kind: str
@@ -84,7 +84,9 @@ def knobs_of(function: Callable[..., Any]) -> dict[str, Knob]:
 def _knob(parameter: inspect.Parameter) -> Knob:
     annotation, limits = parameter.annotation, Range()
     if isinstance(annotation, str):
-        raise TypeError(f"knob {parameter.name!r}: annotations of knobs must be objects; drop `from __future__ import annotations`")
+        raise TypeError(
+            f"knob {parameter.name!r}: annotations of knobs must be objects; drop `from __future__ import annotations`"
+        )
     if parameter.default is inspect.Parameter.empty:
         raise TypeError(f"knob {parameter.name!r} has no default; every knob has one")
     if typing.get_origin(annotation) is typing.Annotated:

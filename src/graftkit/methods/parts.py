@@ -54,7 +54,7 @@ def _kth_largest(magnitudes: Tensor, k: int) -> float:
 
 
 def statistic(name: str, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
-    """A tensor-scope statistic by name, from whole tensors (`methods.STATISTICS`)."""
+    """A tensor-scope statistic by name, from whole tensors (`methods.STATISTICS`); methods take it as a constant."""
     if name == "threshold":
         return threshold_of(given["deltas"], knobs["density"])
     import torch

@@ -53,7 +53,7 @@ class Keyed:
 
 
 def philox_uniform(key: int, start: int, count: int, device: object = "cpu") -> Tensor:
-    """Numbers `start` to `start + count` of a stream, [count] in [0, 1), float64. The reference of the compiled twin."""
+    """Numbers `start` to `start + count` of a stream, [count] in [0, 1), float64; the compiled twin's reference."""
     import torch
 
     index = torch.arange(start // 4, -(-(start + count) // 4), dtype=torch.int64, device=device)  # type: ignore[call-overload]

@@ -22,7 +22,13 @@ def summary(plan: Plan, *, tensors: bool = False) -> dict[str, Any]:
             "files": len(plan.shards),
         },
         "inputs": [
-            {"role": n.role, "kind": n.kind, "source": n.name, "directory": str(n.source.directory), "fingerprint": n.fingerprint}
+            {
+                "role": n.role,
+                "kind": n.kind,
+                "source": n.name,
+                "directory": str(n.source.directory),
+                "fingerprint": n.fingerprint,
+            }
             for n in plan.sources
         ],
         "stages": list(plan.stages),

@@ -1,4 +1,4 @@
-"""The models of a recipe, opened: each distinct one once, in the recipe's order, with its name and its content's hash."""
+"""The models of a recipe, opened: each distinct one once, in the recipe's order, with its name and fingerprint."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ def _nested(name: str, part: str, nested: Plan) -> Named:
         offsets = encode_header([(s.name, s.dtype, s.shape) for s in shard.steps], METADATA)[1]
         for s in shard.steps:
             size = s.elements * ITEMSIZE[s.dtype]
-            tensors[s.name] = TensorInfo(s.name, s.dtype, s.shape, directory / shard.file, offsets[s.name], offsets[s.name] + size)
+            tensors[s.name] = TensorInfo(
+                s.name, s.dtype, s.shape, directory / shard.file, offsets[s.name], offsets[s.name] + size
+            )
     config = nested.sources[nested.like].source.config
     return Named(name, part, Checkpoint(directory, tensors, config), nested.hash, nested)
 
@@ -118,11 +120,15 @@ def _recorded_base(sources: list[Named], add: Callable[[str, str], int]) -> int 
     if not recorded:
         return None
     if len(recorded) > 1 or not min(recorded):
-        raise PlanError(f"recipe.base is missing: the adapters record different bases ({', '.join(sorted(recorded)) or 'none'})")
+        raise PlanError(
+            f"recipe.base is missing: the adapters record different bases ({', '.join(sorted(recorded)) or 'none'})"
+        )
     try:
         return add(recorded.pop(), "base")
     except CheckpointError as error:
-        raise PlanError(f"recipe.base is missing, and the base that the adapters record is not here: {error}") from error
+        raise PlanError(
+            f"recipe.base is missing, and the base that the adapters record is not here: {error}"
+        ) from error
 
 
 def check_base(recipe: Recipe, adapter: Named, base: Named) -> None:
@@ -156,7 +162,11 @@ def notes(recipe: Recipe, sources: tuple[Named, ...]) -> tuple[str, ...]:
     found = []
     if recipe.accept_base:
         others = {s.source.base_name for s in sources if isinstance(s.source, Adapter)}
-        found += [f"accept_base: adapters trained on {name!r} are applied to {recipe.base!r}" for name in sorted(others) if name]
+        found += [
+            f"accept_base: adapters trained on {name!r} are applied to {recipe.base!r}"
+            for name in sorted(others)
+            if name
+        ]
     base = next((s for s in sources if s.role == "base" and isinstance(s.source, Checkpoint)), None)
     if base:
         found += [f"{s.label} has the same content as the base: its delta is zero" for s in sources

@@ -62,7 +62,8 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
     given |= {key: item for key, item in beside.items() if key in method.knobs}
     values = {key: _value(knob, given.get(key), position, len(recipe.models)) for key, knob in method.knobs.items()}
     if values.get("normalize") and abs(sum(values["weight"])) < 1e-12:
-        raise RecipeError(f"{given.get('weight', ('', 'recipe.knobs.weight'))[1]}: the weights sum to zero, and {chosen} divides by their sum")
+        where = given["weight"][1] if "weight" in given else "recipe.knobs.weight"
+        raise RecipeError(f"{where}: the weights sum to zero, and {chosen} divides by their sum")
     return Setting(chosen, values)
 
 
@@ -71,7 +72,10 @@ def _beside(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {}
     for key in dict.fromkeys(key for entry in recipe.models for key in entry.knobs):
         fallback = recipe.knobs.get(key, _Default)
-        values = [entry.knobs.get(key, fallback[k] if isinstance(fallback, list) else fallback) for k, entry in enumerate(recipe.models)]
+        values = [
+            entry.knobs.get(key, fallback[k] if isinstance(fallback, list) else fallback)
+            for k, entry in enumerate(recipe.models)
+        ]
         found[key] = (values, f"recipe.models[*].{key}")
     return found
 
@@ -85,7 +89,9 @@ def _value(knob: Any, given: tuple[Any, str] | None, position: float, models: in
     if isinstance(value, list) and knob.per_model:
         if len(value) != models:
             raise RecipeError(f"{where}: {len(value)} values for {models} models; give one value, or one per model")
-        value = [knob.default if item is _Default else _at(item, position, f"{where}[{k}]") for k, item in enumerate(value)]
+        value = [
+            knob.default if item is _Default else _at(item, position, f"{where}[{k}]") for k, item in enumerate(value)
+        ]
     else:
         value = _at(value, position, where)
     checked = knob.check(value, where)
@@ -96,8 +102,8 @@ def _at(value: Any, position: float, where: str) -> Any:
     """A gradient's value at a relative depth in [0, 1], by straight lines between its points."""
     if not isinstance(value, Mapping):
         return value
-    points = value.get("gradient")
-    good = set(value) == {"gradient"} and isinstance(points, list) and points
+    points: Any = value.get("gradient")
+    good = set(value) == {"gradient"} and isinstance(points, list) and bool(points)
     if not good or not all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in points):
         raise RecipeError(f"{where}: got {dict(value)!r}, expected a number or {{gradient: [0.2, 0.8]}}")
     place = position * (len(points) - 1)
@@ -129,4 +135,6 @@ def check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:
     for r, rule in enumerate(recipe.rules):
         if not any(layout.matches(rule.where, name) for name in listed):
             condition = rule.where.model_dump(exclude_none=True)
-            raise PlanError(f"recipe.rules[{r}].where: {condition} matches no tensor; names look like {listed[len(listed) // 2]!r}")
+            raise PlanError(
+                f"recipe.rules[{r}].where: {condition} matches no tensor; names look like {listed[len(listed) // 2]!r}"
+            )

@@ -22,7 +22,10 @@ BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 _ROLES = (
-    ("embedding", re.compile(r"(embed_tokens|wte|wpe|word_embeddings|tok_embeddings|embed_in|embed_positions)\.weight$")),
+    (
+        "embedding",
+        re.compile(r"(embed_tokens|wte|wpe|word_embeddings|tok_embeddings|embed_in|embed_positions)\.weight$"),
+    ),
     ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")),
     ("norm", re.compile(r"(norm|layernorm|ln_\w+|ln)\d*\.(weight|bias)$", re.IGNORECASE)),
     ("attention", re.compile(r"(attn|attention)", re.IGNORECASE)),
@@ -72,7 +75,9 @@ def match_checkpoint(wanted: Mapping[str, TensorInfo], source: Checkpoint, label
     _check_shapes(wanted, {name: held[other].shape for name, other in found.items()}, label)
     surplus = [n for n in held if n not in set(found.values()) and not BUFFERS.search(n) and not _is_tie(n, source)]
     if surplus:
-        raise PlanError(f"{label} has {_some(surplus)}, for which the output has no place; choose it with output.like, or leave it out")
+        raise PlanError(
+            f"{label} has {_some(surplus)}, for which the output has no place; choose it by output.like, or drop it"
+        )
     return found
 
 
@@ -87,9 +92,13 @@ def match_adapter(wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str
         places = [name] if name in wanted else [w for w in wanted if w.endswith("." + name) or name.endswith("." + w)]
         if len(places) != 1:
             verdict = "is in several places" if places else "is not"
-            raise PlanError(f"{label} adapts {name!r}, which {verdict} in the output's model: is it the adapter's base?")
+            raise PlanError(
+                f"{label} adapts {name!r}, which {verdict} in the output's model: is it the adapter's base?"
+            )
         found[places[0]] = name
-    shapes = {w: adapter.factors[n].shape if n in adapter.factors else adapter.tensors[n].shape for w, n in found.items()}
+    shapes = {
+        w: adapter.factors[n].shape if n in adapter.factors else adapter.tensors[n].shape for w, n in found.items()
+    }
     _check_shapes(wanted, shapes, label)
     return found
 
@@ -98,7 +107,9 @@ def _check_shapes(wanted: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[i
     for name, shape in shapes.items():
         if shape != wanted[name].shape:
             rows = role(name) in ("embedding", "head") and shape[1:] == wanted[name].shape[1:]
-            hint = "vocabularies differ, and rows are never cropped" if rows else "the models are not of one architecture"
+            hint = (
+                "vocabularies differ, and rows are never cropped" if rows else "the models are not of one architecture"
+            )
             raise PlanError(f"{label} has {name!r} as {list(shape)}, the output as {list(wanted[name].shape)}: {hint}")
 
 
@@ -123,7 +134,9 @@ def _tied(name: str, held: Mapping[str, TensorInfo]) -> str:
 def _is_tie(name: str, source: Checkpoint) -> bool:
     """Whether a surplus output embedding is, by the model's config, only a copy of its input embedding."""
     text = source.config.get("text_config") or source.config
-    return role(name) == "head" and bool(source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+    return role(name) == "head" and bool(
+        source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    )
 
 
 def _some(names: list[str]) -> str:

@@ -130,8 +130,8 @@ def plan(
 ) -> Plan:
     """Plans a merge: opens headers, resolves every knob of every tensor, lays out the output.
 
-    `full_hash`: fingerprint inputs by every byte. `within`: the recipes that this one is a source of. Raises PlanError, RecipeError or CheckpointError for everything
-    that would make the merge wrong or impossible.
+    `full_hash`: fingerprint inputs by every byte. `within`: the recipes that this one is a source of. Raises
+    PlanError, RecipeError or CheckpointError for everything that would make the merge wrong or impossible.
     """
     recipe = load(recipe)
     knobs.check_names(recipe)
@@ -160,18 +160,22 @@ def plan(
 
 
 def _like(recipe: Recipe, sources: tuple[inputs.Named, ...], base: int | None, entries: tuple[int, ...]) -> int:
-    """Which source gives the output its names: `output.like`, else the base, else the first model that is a checkpoint."""
+    """Which source gives the output its names: `output.like`, else the base, else the first checkpoint."""
     wanted = recipe.output.like
     if wanted is None or (wanted == "base" and base is not None):
         first = next((e for e in entries if isinstance(sources[e].source, Checkpoint)), None)
         chosen = base if base is not None else first
         if chosen is None:
-            raise PlanError("recipe: all models are adapters and none records a base that is here; name it with `base:`")
+            raise PlanError(
+                "recipe: all models are adapters and none records a base that is here; name it with `base:`"
+            )
         return chosen
     names = {named.name: k for k, named in enumerate(sources)}
     if wanted not in names or not isinstance(sources[names[wanted]].source, Checkpoint):
         known = [n for n, k in names.items() if isinstance(sources[k].source, Checkpoint)]
-        raise PlanError(f"recipe.output.like: got {wanted!r}, expected `base` or one of the recipe's checkpoints: {', '.join(known)}")
+        raise PlanError(
+            f"recipe.output.like: got {wanted!r}, expected `base` or one of the checkpoints: {', '.join(known)}"
+        )
     return names[wanted]
 
 
@@ -205,7 +209,9 @@ def _step(
     dtype = DTYPE_NAMES[recipe.output.dtype] if recipe.output.dtype and floating else info.dtype
     original = Input(like, "tensor", name)
     if info.dtype.startswith("F8"):
-        raise PlanError(f"{sources[like].label} keeps {name!r} as {info.dtype}; quantised weights are not merged: dequantise first")
+        raise PlanError(
+            f"{sources[like].label} keeps {name!r} as {info.dtype}; quantised weights are not merged: dequantise first"
+        )
     if not floating or layout.BUFFERS.search(name):
         twins = [Input(e, "tensor", matched[e][name]) for e in entries if e != like and name in matched[e]]
         same = [t for t in twins if sources[t.source].source.tensors[t.name].dtype == info.dtype and not floating]
@@ -222,7 +228,11 @@ def _step(
     needed = anchor if method.needs_base or own else None
     if own and needed is None:
         needed = Input(like, "tensor", name)
-    group = f"{setting.method} {json.dumps(setting.knobs, sort_keys=True)}" if method.scope(setting.knobs) == "model" else ""
+    group = (
+        f"{setting.method} {json.dumps(setting.knobs, sort_keys=True)}"
+        if method.scope(setting.knobs) == "model"
+        else ""
+    )
     return Step(name, info.shape, dtype, method.name, setting.knobs, needed, models, keys, group)
 
 

@@ -1,16 +1,16 @@
-"""A recipe: what is wanted, as YAML or as Python objects. Strict: what is not understood is refused, with the nearest name.
+"""A recipe: what is wanted, as YAML or as Python objects. Strict: what is not understood is refused.
 
-    method: ties
-    base: path or hub id
-    models:
-      - {model: experts/math, weight: 0.6}     # a per-model knob stands beside its model
-      - {model: experts/code, weight: 0.4}
-    knobs: {density: 0.2}
-    rules:                                     # later rules win
-      - where: {role: mlp, layers: 0-11}
-        method: task_arithmetic
-    output: {dtype: bfloat16, like: base}
-    seed: 0
+method: ties
+base: path or hub id
+models:
+  - {model: experts/math, weight: 0.6}     # a per-model knob stands beside its model
+  - {model: experts/code, weight: 0.4}
+knobs: {density: 0.2}
+rules:                                     # later rules win
+  - where: {role: mlp, layers: 0-11}
+    method: task_arithmetic
+output: {dtype: bfloat16, like: base}
+seed: 0
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ class Recipe(BaseModel):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         """A model may be given as a bare name."""
-        return [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        return (
+            [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with defaults left out, the form that is hashed and recorded."""
@@ -190,7 +192,9 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         place = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(data, dict):
-        raise RecipeError(f"{where}: a recipe is a mapping with the keys method, base, models, ...; got {type(data).__name__}")
+        raise RecipeError(
+            f"{where}: a recipe is a mapping with the keys method, base, models, ...; got {type(data).__name__}"
+        )
     return data
 
 
@@ -229,7 +233,11 @@ def _explain(fault: Any, where: str) -> str:
 
 def _unknown_key(location: list[Any], path: str) -> str:
     parents = [p for p in location[:-1] if isinstance(p, str)]
-    known = [f.alias or name for name, f in _FIELDS[parents[-1] if parents else ""].model_fields.items() if name != "directory"]
+    known = [
+        f.alias or name
+        for name, f in _FIELDS[parents[-1] if parents else ""].model_fields.items()
+        if name != "directory"
+    ]
     key = str(location[-1])
     close = nearest(key, known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}; a method's knobs stand under 'knobs'"

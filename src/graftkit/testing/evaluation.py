@@ -67,7 +67,7 @@ def kernel_weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str,
 
 
 def through_files(method: Method, directory: Path, tensors: Mapping[str, Sample], knobs: Mapping[str, Any]) -> Tensors:
-    """The merged weights of several tensors, by a recipe on checkpoints in a directory; and the streams that it drew."""
+    """The merged weights of several tensors, by a recipe on checkpoints in a directory; and the streams drawn from."""
     from safetensors.torch import load_file, save_file
 
     from graftkit.execution.local import execute
