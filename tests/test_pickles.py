@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 
 import graftkit
-import tiny
 from graftkit.checkpoints import pickles
 from graftkit.checkpoints.pickles import converted
 from graftkit.checkpoints.sources import open_checkpoint
 from graftkit.errors import CheckpointError, OutputError
+from graftkit.measuring.inspection import inspect
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,7 @@ def test_a_pickle_merges_as_its_safetensors_twin(tmp_path: Path, shards: int) ->
     graftkit.merge(recipe | {"models": [str(twin), str(code)]}, tmp_path / "read", allow_pickle=True)
     one, two = (tmp_path / out / "model.safetensors" for out in ("plain", "read"))
     assert one.read_bytes() == two.read_bytes()
+    assert inspect(twin, base, allow_pickle=True).changes[0].total == inspect(math, base).changes[0].total
     assert sorted(path.suffix for path in twin.iterdir()) == sorted([".json"] * (2 + (shards > 1)) + [".bin"] * shards)
 
 
@@ -100,7 +102,8 @@ def test_tied_and_viewed_tensors_are_kept_once_each_with_their_values(tmp_path: 
     tensors = {
         "lm_head.weight": shared, "model.embed_tokens.weight": shared, "z.alias": large, "b.alias": large,
         "rows": large[2:5], "turned": large.T, "scalar": torch.tensor(2.5, dtype=torch.float64),
-        "steps": torch.arange(3), "mask": torch.tensor([True, False]), "empty": torch.empty(0, 3), "half": torch.ones(2).half(),
+        "steps": torch.arange(3), "mask": torch.tensor([True, False]), "empty": torch.empty(0, 3),
+        "half": torch.ones(2).half(),
     }  # fmt: skip
     out = converted(pickled(tmp_path / "old", tensors), cache)
     kept = load_file(out / "model.safetensors")

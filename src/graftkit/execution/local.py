@@ -234,7 +234,8 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
             raise _Stopped
         given = inputs_of(method, reader, start, stop, statistics)
         result = apply(method, given, step.knobs, block_shape(step, start, stop), job.device, space)
-        raw = cast(result, given["base"], method.returns_delta, step.dtype, tally, space, f"tensor {step.name!r}")
+        is_delta = method.returns_delta and given["base"] is not None
+        raw = cast(result, given["base"], is_delta, step.dtype, tally, space, f"tensor {step.name!r}")
         job.sink.write(step.name, start, raw)
     return {"method": step.method, **tally.record(step.elements), **notes}
 

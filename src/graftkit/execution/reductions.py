@@ -42,7 +42,7 @@ def statistics_of(
         found["threshold"] = threshold.values
         notes["density"] = list(threshold.density)
     if "norms" in method.statistics or "dots" in method.statistics:
-        dots = inner_products(step, sources, space)
+        dots = inner_products(step, sources, space, "deltas" in method.reads)
         found |= {"dots": dots, "norms": np.sqrt(np.diagonal(dots))}
     return found, notes
 
@@ -107,17 +107,18 @@ def _locate(counts: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndar
     return BINS - 1 - places, above
 
 
-def inner_products(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
-    """Inner products of the models' tensors, float64 [models, models]; block sums are added in the blocks' order."""
+def inner_products(step: Step, sources: tuple[Named, ...], space: Workspace, of_deltas: bool) -> np.ndarray:
+    """Inner products of the models' deltas or tensors, float64 [models, models]; blocks are added in their order."""
     count = len(step.models)
     dots = np.zeros((count, count), np.float64)
     reader = Reader(step, sources, space)
     for start, stop in cuts(step):
-        models = reader.read_models(start, stop, reader.read_base(start, stop))
+        base = reader.read_base(start, stop)
+        stack = reader.read_deltas(start, stop, base) if of_deltas else reader.read_models(start, stop, base)
         for i in range(count):
             for j in range(i, count):
-                dots[i, j] += _dot(models[i], models[j])
-    return np.maximum(dots, dots.T) if count == 1 else np.triu(dots) + np.triu(dots, 1).T
+                dots[i, j] += _dot(stack[i], stack[j])
+    return np.triu(dots) + np.triu(dots, 1).T
 
 
 def groups_of(steps: Iterable[Step]) -> Mapping[str, list[Step]]:

@@ -7,8 +7,8 @@ A method's positional parameters name what it reads, from a closed vocabulary:
     deltas    [models, *shape]  tuned minus base
     rng                         keyed random numbers (`graftkit.methods.random.Keyed`)
     threshold [models]          magnitude at or above which a share `density` of each model's delta lies
-    norms     [models]          Euclidean norms of `models`
-    dots      [models, models]  inner products of `models`
+    norms     [models]          Euclidean norms of `deltas` if the method reads them, else of `models`; float64
+    dots      [models, models]  inner products of the same
 
 Its keyword-only parameters are knobs. A method that reads `deltas` and not `base` returns the merged delta; any other
 returns weights. Block cutting, dtypes, files, adapters and devices are not its business.
@@ -53,12 +53,18 @@ class Method:
     rotations: str | None = None
     ordered: bool = False
     model_count: tuple[int, int | None] = (1, None)
+    base_optional: bool = False
     kernel: str | None = None
+
+    @property
+    def uses_base(self) -> bool:
+        """Whether it works with the models' base where the recipe names one."""
+        return "base" in self.reads or "deltas" in self.reads
 
     @property
     def needs_base(self) -> bool:
         """Whether a recipe must name a base."""
-        return "base" in self.reads or "deltas" in self.reads
+        return self.uses_base and not self.base_optional
 
     @property
     def returns_delta(self) -> bool:
@@ -91,11 +97,11 @@ class Method:
             raise RecipeError(f"{self.name} works on deltas: it needs a base")
         if "rng" in self.reads and rng is None:
             raise RecipeError(f"{self.name} draws random numbers: give rng=Keyed.of(seed=0, models={len(models)})")
-        deltas = models - base if self.needs_base else None
+        deltas = (models if base is None else models - base) if self.uses_base else None
         given = {"base": base, "models": models, "deltas": deltas, "rng": rng}
         statistics = {name: parts.statistic(name, given, values) for name in self.statistics}
         result = self.function(*(statistics[n] if n in statistics else given[n] for n in self.reads), **values)
-        return base + result if self.returns_delta else result
+        return base + result if self.returns_delta and base is not None else result
 
     def _checked(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """The values of knobs, validated; tensors and arrays are taken as they are."""
@@ -116,13 +122,14 @@ def method(
     rotations: str | None = None,
     ordered: bool = False,
     model_count: tuple[int, int | None] = (1, None),
+    base_optional: bool = False,
     kernel: str | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a method; the function itself is returned unchanged.
 
     `source`: the paper. `grain`: how the engine may cut, `element`, `row` or `tensor`. `rotations`: `both` or
     `output` where it commutes with rotations. `ordered`: permuting models changes the meaning. `model_count`: fewest
-    and most models. `kernel`: `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`).
+    and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`: `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`).
     """
 
     def register(function: F) -> F:
@@ -137,7 +144,7 @@ def method(
         if name in _REGISTRY and _REGISTRY[name].function.__module__ != function.__module__:
             raise TypeError(f"method {name!r} is already registered by {_REGISTRY[name].function.__module__}")
         _REGISTRY[name] = Method(
-            name, function, reads, knobs_of(function), source, grain, rotations, ordered, model_count, kernel
+            name, function, reads, knobs_of(function), source, grain, rotations, ordered, model_count, base_optional, kernel
         )
         return function
 

@@ -59,7 +59,8 @@ def statistic(name: str, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> 
         return threshold_of(given["deltas"], knobs["density"])
     import torch
 
-    flat = given["models"].reshape(given["models"].shape[0], -1).to(torch.float64)
+    stack = given["models"] if given["deltas"] is None else given["deltas"]
+    flat = stack.reshape(stack.shape[0], -1).to(torch.float64)
     return flat.norm(dim=1) if name == "norms" else flat @ flat.T
 
 

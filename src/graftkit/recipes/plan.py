@@ -225,7 +225,7 @@ def _step(
         return Step(name, info.shape, dtype, "", {}, anchor or original, ())
     keys = inputs.keys(recipe, sources, entries, name) if "rng" in method.reads else ()
     own = any(part.kind != "tensor" for part in models)
-    needed = anchor if method.needs_base or own else None
+    needed = anchor if method.uses_base or own else None
     if own and needed is None:
         needed = Input(like, "tensor", name)
     group = (
