@@ -96,7 +96,9 @@ def test_inner_products(tmp_path: Path) -> None:
     tuned = [load_file(path / "model.safetensors") for path in family[1:]]
     for step in plan.steps:
         stack = torch.stack([m[step.name].double().reshape(-1) for m in tuned])
-        assert np.allclose(inner_products(step, plan.sources, Workspace(), False), (stack @ stack.T).numpy(), rtol=1e-12)
+        assert np.allclose(
+            inner_products(step, plan.sources, Workspace(), False), (stack @ stack.T).numpy(), rtol=1e-12
+        )
 
 
 def test_a_row_method_sees_whole_rows_and_a_tensor_method_whole_tensors(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graftkit.execution.local import execute as execute
     from graftkit.execution.local import merge as merge
     from graftkit.measuring.evaluation import evaluate as evaluate
+    from graftkit.measuring.inspection import inspect as inspect
     from graftkit.methods import method as method
     from graftkit.recipes.plan import Plan as Plan
     from graftkit.recipes.plan import plan as plan
@@ -27,12 +28,13 @@ _PLACES = {
     "Recipe": "graftkit.recipes.recipe",
     "evaluate": "graftkit.measuring.evaluation",
     "execute": "graftkit.execution.local",
+    "inspect": "graftkit.measuring.inspection",
     "merge": "graftkit.execution.local",
     "method": "graftkit.methods",
     "plan": "graftkit.recipes.plan",
 }
 
-__all__ = ["GraftError", "Plan", "Recipe", "evaluate", "execute", "merge", "method", "plan"]
+__all__ = ["GraftError", "Plan", "Recipe", "evaluate", "execute", "inspect", "merge", "method", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -97,9 +97,11 @@ class LowRank:
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """Elements `[start, stop)` of the flattened product; whole rows are formed, so ranges should be long."""
+        from graftkit.checkpoints.storage import product
+
         columns = self.right.shape[1]
         first, last = start // columns, -(-stop // columns)
-        rows = (self.left[first:last] @ self.right).reshape(-1)
+        rows = product(self.left[first:last], self.right).reshape(-1)
         return rows[start - first * columns : stop - first * columns]
 
 

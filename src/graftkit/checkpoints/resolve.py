@@ -16,10 +16,11 @@ from graftkit.errors import CheckpointError
 Source = sources.Checkpoint | adapters.Adapter
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm"]
+PICKLED = ["*.bin"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
-def directory_of(name: str, relative_to: Path) -> Path:
+def directory_of(name: str, relative_to: Path, *, allow_pickle: bool = False) -> Path:
     """The directory that holds a model. Paths are looked up beside the recipe first, then in the working directory.
 
     Raises CheckpointError when there is neither such a directory nor such a model on the hub or in its cache.
@@ -36,7 +37,7 @@ def directory_of(name: str, relative_to: Path) -> Path:
         raise CheckpointError(
             f"{name}: no such directory" + ("" if path.is_absolute() else f" in {relative_to} or here")
         )
-    return _from_hub(name)
+    return _from_hub(name, [*WANTED, *PICKLED] if allow_pickle else WANTED)
 
 
 def cache_directory() -> Path:
@@ -44,13 +45,13 @@ def cache_directory() -> Path:
     return Path(os.environ.get("GRAFTKIT_CACHE") or Path.home() / ".cache" / "graftkit")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=WANTED))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{name}: no such directory, and the hub does not give it either ({reason})") from error

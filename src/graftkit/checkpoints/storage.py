@@ -82,6 +82,26 @@ def narrow(wide: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
     return view
 
 
+def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """`left [rows, r] @ right [r, columns]`, always added in the order of r.
+
+    A library's product would run on threads of its own, beside the workers', and its last bits would depend on them.
+    """
+    out = np.zeros((left.shape[0], right.shape[1]), left.dtype)
+    _add_products(left, right, out)
+    return out
+
+
+@njit(**JIT)
+def _add_products(left, right, out):  # type: ignore[no-untyped-def]
+    for i in range(left.shape[0]):
+        row = out[i]
+        for k in range(right.shape[0]):
+            factor, direction = left[i, k], right[k]
+            for j in range(row.size):
+                row[j] += factor * direction[j]
+
+
 @lru_cache(maxsize=1)
 def _half_table() -> np.ndarray:
     """Every float16 as a float32, by its bits."""

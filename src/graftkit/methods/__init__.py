@@ -144,7 +144,17 @@ def method(
         if name in _REGISTRY and _REGISTRY[name].function.__module__ != function.__module__:
             raise TypeError(f"method {name!r} is already registered by {_REGISTRY[name].function.__module__}")
         _REGISTRY[name] = Method(
-            name, function, reads, knobs_of(function), source, grain, rotations, ordered, model_count, base_optional, kernel
+            name,
+            function,
+            reads,
+            knobs_of(function),
+            source,
+            grain,
+            rotations,
+            ordered,
+            model_count,
+            base_optional,
+            kernel,
         )
         return function
 

@@ -46,9 +46,7 @@ def average(
     model_count=(2, 2),
     kernel="graftkit.methods.kernels:slerp",
 )
-def slerp(
-    models: "Tensor", norms: "Tensor", dots: "Tensor", *, t: Annotated[float, Range(0, 1)] = 0.5
-) -> "Tensor":
+def slerp(models: "Tensor", norms: "Tensor", dots: "Tensor", *, t: Annotated[float, Range(0, 1)] = 0.5) -> "Tensor":
     """Spherical interpolation between two models, each tensor taken as one vector.
 
     Formula: `sin((1-t) a)/sin(a) W_1 + sin(t a)/sin(a) W_2` with the angle `a` between the two; the straight line

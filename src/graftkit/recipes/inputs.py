@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.headers import ITEMSIZE, METADATA, TensorInfo, encode_header
-from graftkit.checkpoints.resolve import Source, directory_of, open_source
+from graftkit.checkpoints.resolve import Source, cache_directory, directory_of, open_source
 from graftkit.checkpoints.sources import Checkpoint, full_hash
 from graftkit.errors import CheckpointError, PlanError
 from graftkit.methods.random import key_of
@@ -69,7 +68,7 @@ def open_all(recipe: Recipe, opening: Opening) -> tuple[tuple[Named, ...], int |
 
     def add(name: str, part: str) -> int:
         file = _recipe_file(name, recipe.directory)
-        path = file or directory_of(name, recipe.directory)
+        path = file or directory_of(name, recipe.directory, allow_pickle=opening.allow_pickle)
         if path.resolve() not in places:
             places[path.resolve()] = len(sources)
             made = _nested(name, part, opening.plan_nested(file)) if file else opening.directory(name, part, path)
@@ -107,11 +106,6 @@ def _nested(name: str, part: str, nested: Plan) -> Named:
             )
     config = nested.sources[nested.like].source.config
     return Named(name, part, Checkpoint(directory, tensors, config), nested.hash, nested)
-
-
-def cache_directory() -> Path:
-    """Where results that can be made again are kept: `$GRAFTKIT_CACHE`, else `~/.cache/graftkit`."""
-    return Path(os.environ.get("GRAFTKIT_CACHE") or Path.home() / ".cache" / "graftkit")
 
 
 def _recorded_base(sources: list[Named], add: Callable[[str, str], int]) -> int | None:
