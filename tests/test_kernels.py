@@ -42,8 +42,7 @@ def run(name, case, dtype, rng=None, **knobs):
         "rng": rng,
     }
     chosen = evaluation.settings(method, knobs)
-    statistics = {key: parts.statistic(key, values, chosen) for key in method.statistics}
-    return evaluation.kernel_weights(method, {**values, **statistics}, chosen).numpy()
+    return evaluation.kernel_weights(method, {**values, **method.measured(values, chosen)}, chosen).numpy()
 
 
 def assert_equal(got, want, case, gain):
@@ -201,5 +200,7 @@ def test_the_engine_selects_as_parts_does(steps):
         for density in [(0.2, 0.2), (0.0, 1.0), (0.5, 0.001)]:
             found = select([step], density, plan.sources, Workspace())
             np.testing.assert_array_equal(found.values, parts.threshold_of(part, density).numpy())
-        dots = parts.statistic("dots", {"models": part}, {})
-        np.testing.assert_allclose(inner_products(step, plan.sources, Workspace()), dots, rtol=1e-12)
+        dots = parts.statistic("dots", part, {})
+        for of_deltas in (True, False):  # the base is zero: both are the same
+            got = inner_products(step, plan.sources, Workspace(), of_deltas)
+            np.testing.assert_allclose(got, dots, rtol=1e-12)

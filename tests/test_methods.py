@@ -55,7 +55,7 @@ class TestPassthrough(MethodConformance):
 
     def test_the_engine_agrees(self, tmp_path):
         """Of one model, for a plan refuses models of which nothing is taken."""
-        self._merge_files(tmp_path, 1)
+        self._merge_files(tmp_path, 1, with_base=True)
 
 
 def test_every_built_in_method_runs_the_suite():

@@ -128,9 +128,9 @@ def test_statistics_are_float64_and_of_the_whole(name):
     models = torch.randn(3, 4, 5)
     flat = models.reshape(3, -1).double()
     want = flat.norm(dim=1) if name == "norms" else flat @ flat.T
-    got = parts.statistic(name, {"models": models}, {})
+    got = parts.statistic(name, models, {})
     assert got.dtype == torch.float64
     torch.testing.assert_close(got, want)
-    assert parts.statistic(name, {"models": torch.zeros(2, 0)}, {}).sum() == 0
-    scalars = parts.statistic(name, {"models": torch.tensor([3.0, -4.0])}, {})
+    assert parts.statistic(name, torch.zeros(2, 0), {}).sum() == 0
+    scalars = parts.statistic(name, torch.tensor([3.0, -4.0]), {})
     assert scalars.tolist() == ([3, 4] if name == "norms" else [[9, -12], [-12, 16]])

@@ -58,6 +58,11 @@ def sound_on_the_whole(deltas, *, weight: Weight = 1.0):
     return parts.weighted_sum(deltas, weight) * deltas.abs().sum()
 
 
+@breaks(None, base_optional=True)
+def sound_without_a_base(deltas, norms, *, weight: Weight = 1.0):
+    return parts.weighted_sum(deltas, weight) * norms.amax().to(deltas.dtype)
+
+
 @breaks(None)
 def sound_by_threshold(deltas, threshold, *, density: Annotated[PerModel, Range(0, 1)] = 0.5):
     """Merges.

@@ -140,6 +140,12 @@ class Reader:
                 row[:] = 0
         return stack
 
+    def read_patterns(self, start: int, stop: int) -> np.ndarray:
+        """Bit patterns of the deltas' float32 magnitudes, uint32 [models, n]: ordered as the magnitudes are."""
+        deltas = self.read_deltas(start, stop, self.read_base(start, stop))
+        patterns = deltas.astype(np.float32, copy=False).view(np.uint32)
+        return np.bitwise_and(patterns, np.uint32(0x7FFFFFFF), out=patterns)
+
     def read_models(self, start: int, stop: int, base: np.ndarray | None) -> np.ndarray:
         """The weights of every model, [models, n]."""
         stack = self.space.stack("models", len(self.models), stop - start, self.dtype)

@@ -158,7 +158,7 @@ def _statistics(job: Job) -> int:
         if key not in job.sink.notes:
             total = 2 * sum(job.plan.input_bytes(step) for step in members)
             made = reductions.select(
-                members, members[0].knobs["density"], job.plan.sources, job.space, _spreader(job, total)
+                members, reductions.densities(members[0]), job.plan.sources, job.space, _spreader(job, total)
             )
             job.sink.note(key, {"values": made.values.view(np.uint32).tolist(), "density": list(made.density)})
         noted = job.sink.notes[key]

@@ -2,7 +2,10 @@
 
 The k-th largest magnitude is found without sorting or keeping anything: the bit patterns of non-negative floats are
 ordered like the floats, so one pass counts the upper 16 bits, which fixes the bin that holds the k-th, and a second
-pass counts the lower 16 bits within that bin. Counts are integers: any order of workers gives the same result.
+pass counts the lower 16 bits within that bin. A large tensor takes one pass: a sample of its blocks says where the k-th
+should lie, and the pass counts what is above a window of 65536 patterns around that place, and each pattern within. The
+counts tell whether the k-th is there; where it is not, the two passes follow. All counts are exact integers, so
+neither the sample nor the order of workers changes the result.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from graftkit.recipes.inputs import Named
 from graftkit.recipes.plan import Step
 
 BINS = 1 << 16
+SAMPLE = 4  # blocks that place the window
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,18 @@ def statistics_of(
     found: dict[str, np.ndarray] = {}
     notes: dict[str, Any] = {}
     if "threshold" in method.statistics:
-        threshold = known or select([step], step.knobs["density"], sources, space)
+        threshold = known or select([step], densities(step), sources, space)
         found["threshold"] = threshold.values
         notes["density"] = list(threshold.density)
     if "norms" in method.statistics or "dots" in method.statistics:
         dots = inner_products(step, sources, space, "deltas" in method.reads)
         found |= {"dots": dots, "norms": np.sqrt(np.diagonal(dots))}
     return found, notes
+
+
+def densities(step: Step) -> tuple[float, ...]:
+    """The knob `density`, one value per model."""
+    return tuple(np.broadcast_to(step.knobs["density"], len(step.models)).tolist())
 
 
 Spread = Callable[[Callable[[Step, Workspace], np.ndarray], Sequence[Step]], Iterable[np.ndarray]]
@@ -59,28 +68,55 @@ def select(
     spread: Spread | None = None,
 ) -> Threshold:
     """The exact threshold of each model over all `steps` together."""
-    run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
     elements = sum(step.elements for step in steps)
     wanted = np.array([kept_count(share, elements) for share in density], np.int64)
-    everything = wanted >= elements
-
-    def upper(step: Step, scratch: Workspace) -> np.ndarray:
-        return _count(step, sources, scratch, None)
-
-    high = sum(run(upper, steps), np.zeros((len(wanted), BINS), np.int64))
-    bins, above = _locate(high, wanted)
-
-    def lower(step: Step, scratch: Workspace) -> np.ndarray:
-        return _count(step, sources, scratch, bins)
-
-    needed = (wanted > 0) & ~everything
-    low = sum(run(lower, steps), np.zeros_like(high)) if needed.any() else np.zeros_like(high)
-    rest, over = _locate(low, np.maximum(wanted - above, 1))
-    exact = ((bins.astype(np.uint32) << np.uint32(16)) | rest.astype(np.uint32)).view(np.float32)
-    values = np.where(wanted == 0, np.float32(np.inf), np.where(everything, np.float32(0), exact)).astype(np.float32)
-    kept = above + over + low[np.arange(len(wanted)), rest]
-    shares = np.where(everything, 1.0, np.where(wanted == 0, 0.0, kept / max(elements, 1)))
+    open_models = (wanted > 0) & (wanted < elements)  # density 0 keeps nothing, density 1 everything: no k-th to find
+    bits, kept = np.zeros(len(wanted), np.uint32), np.zeros(len(wanted), np.int64)
+    if open_models.any():
+        target = np.clip(wanted, 1, max(elements - 1, 1))
+        found = _select_by_window(steps[0], target, sources, space) if spread is None and len(steps) == 1 else None
+        bits, kept = found or _select_by_radix(steps, target, sources, space, spread)
+    edge = np.where(wanted == 0, np.float32(np.inf), np.float32(0))
+    values = np.where(open_models, bits.view(np.float32), edge).astype(np.float32)
+    shares = np.where(open_models, kept / max(elements, 1), (wanted > 0).astype(np.float64))
     return Threshold(values, tuple(shares.tolist()))
+
+
+def _select_by_radix(
+    steps: Sequence[Step], wanted: np.ndarray, sources: tuple[Named, ...], space: Workspace, spread: Spread | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bit pattern of the k-th magnitude, and how many are at or above it, per model; two passes."""
+    run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
+    zeros = np.zeros((len(wanted), BINS), np.int64)
+    high = sum(run(lambda step, scratch: _count(step, sources, scratch, None), steps), zeros)
+    bins, above = _locate(high, wanted)
+    low = sum(run(lambda step, scratch: _count(step, sources, scratch, bins), steps), zeros)
+    rest, over = _locate(low, wanted - above)
+    bits = (bins.astype(np.uint32) << np.uint32(16)) | rest.astype(np.uint32)
+    return bits, above + over + low[np.arange(len(wanted)), rest]
+
+
+def _select_by_window(
+    step: Step, wanted: np.ndarray, sources: tuple[Named, ...], space: Workspace
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """As `_select_by_radix` for one tensor, in one pass; None where it is small, or where the window missed."""
+    blocks = list(cuts(step))
+    if len(blocks) < 2 * SAMPLE:
+        return None
+    reader = Reader(step, sources, space)
+    sample = [reader.read_patterns(*blocks[k * (len(blocks) - 1) // (SAMPLE - 1)]).copy() for k in range(SAMPLE)]
+    patterns = np.concatenate(sample, axis=1)  # [models, elements of the sample]
+    places = np.clip(wanted * patterns.shape[1] // step.elements, 1, patterns.shape[1])
+    middle = [np.partition(row, row.size - k)[row.size - k] for row, k in zip(patterns, places, strict=True)]
+    first = np.maximum(np.array(middle, np.int64) - BINS // 2, 0).astype(np.uint32)
+    counts, above = np.zeros((len(wanted), BINS), np.int64), np.zeros(len(wanted), np.int64)
+    for start, stop in blocks:
+        for k, row in enumerate(reader.read_patterns(start, stop)):
+            above[k] += _count_window(row, first[k], counts[k])
+    if (above >= wanted).any() or (above + counts.sum(axis=1) < wanted).any():
+        return None
+    place, over = _locate(counts, wanted - above)
+    return first + place.astype(np.uint32), above + over + counts[np.arange(len(wanted)), place]
 
 
 def _count(step: Step, sources: tuple[Named, ...], space: Workspace, bins: np.ndarray | None) -> np.ndarray:
@@ -88,13 +124,11 @@ def _count(step: Step, sources: tuple[Named, ...], space: Workspace, bins: np.nd
     counts = np.zeros((len(step.models), BINS), np.int64)
     reader = Reader(step, sources, space)
     for start, stop in cuts(step):
-        deltas = reader.read_deltas(start, stop, reader.read_base(start, stop))
-        for k, row in enumerate(deltas):
-            bits = row.astype(np.float32, copy=False).view(np.uint32)
+        for k, row in enumerate(reader.read_patterns(start, stop)):
             if bins is None:
-                _count_upper(bits, counts[k])
+                _count_upper(row, counts[k])
             else:
-                _count_lower(bits, np.uint32(bins[k]), counts[k])
+                _count_lower(row, np.uint32(bins[k]), counts[k])
     return counts
 
 
@@ -131,16 +165,27 @@ def groups_of(steps: Iterable[Step]) -> Mapping[str, list[Step]]:
 
 
 @njit(nogil=True, cache=True)
-def _count_upper(bits, counts):  # type: ignore[no-untyped-def]
-    for i in range(bits.size):
-        counts[(bits[i] >> np.uint32(16)) & np.uint32(0x7FFF)] += 1
+def _count_upper(patterns, counts):  # type: ignore[no-untyped-def]
+    for i in range(patterns.size):
+        counts[patterns[i] >> np.uint32(16)] += 1
 
 
 @njit(nogil=True, cache=True)
-def _count_lower(bits, bin, counts):  # type: ignore[no-untyped-def]
-    for i in range(bits.size):
-        if ((bits[i] >> np.uint32(16)) & np.uint32(0x7FFF)) == bin:
-            counts[bits[i] & np.uint32(0xFFFF)] += 1
+def _count_lower(patterns, bin, counts):  # type: ignore[no-untyped-def]
+    for i in range(patterns.size):
+        if (patterns[i] >> np.uint32(16)) == bin:
+            counts[patterns[i] & np.uint32(0xFFFF)] += 1
+
+
+@njit(nogil=True, cache=True)
+def _count_window(patterns, first, counts):  # type: ignore[no-untyped-def]
+    above = 0
+    for i in range(patterns.size):
+        place = np.int64(patterns[i]) - np.int64(first)
+        above += place >= BINS
+        if 0 <= place < BINS:
+            counts[place] += 1
+    return above
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})

@@ -86,8 +86,6 @@ class Method:
         The reference for everything that the engine does in blocks. A knob may be a tensor, to take gradients by it.
         Raises RecipeError for a knob that does not exist or is out of its range, and for inputs that are missing.
         """
-        from graftkit.methods import parts
-
         values = {name: knob.default for name, knob in self.knobs.items()} | self._checked(knobs)
         fewest, most = self.model_count
         if not fewest <= len(models) <= (most or len(models)):
@@ -99,9 +97,16 @@ class Method:
             raise RecipeError(f"{self.name} draws random numbers: give rng=Keyed.of(seed=0, models={len(models)})")
         deltas = (models if base is None else models - base) if self.uses_base else None
         given = {"base": base, "models": models, "deltas": deltas, "rng": rng}
-        statistics = {name: parts.statistic(name, given, values) for name in self.statistics}
-        result = self.function(*(statistics[n] if n in statistics else given[n] for n in self.reads), **values)
+        given |= self.measured(given, values)
+        result = self.function(*(given[name] for name in self.reads), **values)
         return base + result if self.returns_delta and base is not None else result
+
+    def measured(self, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """The statistics that it reads, of whole tensors: of `deltas` where it reads them, else of `models`."""
+        from graftkit.methods import parts
+
+        stack = given["deltas" if "deltas" in self.reads else "models"]
+        return {n: parts.statistic(n, given["deltas"] if n == "threshold" else stack, knobs) for n in self.statistics}
 
     def _checked(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
         """The values of knobs, validated; tensors and arrays are taken as they are."""
@@ -129,7 +134,8 @@ def method(
 
     `source`: the paper. `grain`: how the engine may cut, `element`, `row` or `tensor`. `rotations`: `both` or
     `output` where it commutes with rotations. `ordered`: permuting models changes the meaning. `model_count`: fewest
-    and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`: `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`).
+    and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`:
+    `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`).
     """
 
     def register(function: F) -> F:
@@ -164,7 +170,7 @@ def method(
 @lru_cache(maxsize=1)
 def _load_all() -> None:
     """Imports the built-in methods and every module registered under the entry point `graftkit.methods`."""
-    for theme in ("averages", "arithmetic"):
+    for theme in ("averages", "spheres", "arithmetic"):
         importlib.import_module(f"graftkit.methods.{theme}")
     for entry in metadata.entry_points(group="graftkit.methods"):
         try:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from graftkit.methods import spheres
 from graftkit.methods.averages import slerp_coefficients
 from graftkit.methods.random import MULTIPLIERS, ROUNDS, WEYL, Keyed
 
@@ -38,6 +39,27 @@ def slerp(models: np.ndarray, norms: np.ndarray, dots: np.ndarray, *, t: float, 
 def passthrough(models: np.ndarray, *, take: int, scale: float, out: np.ndarray) -> None:
     """Twin of `averages.passthrough`."""
     np.multiply(models[take], models.dtype.type(scale), out=out)
+
+
+def model_stock(deltas: np.ndarray, dots: np.ndarray, *, out: np.ndarray) -> None:
+    """Twin of `spheres.model_stock`."""
+    _combine(deltas, [float(spheres.stock_share(dots)) / len(deltas)] * len(deltas), out)
+
+
+def karcher(deltas: np.ndarray, dots: np.ndarray, *, out: np.ndarray) -> None:
+    """Twin of `spheres.karcher`."""
+    _combine(deltas, spheres.karcher_factors(dots), out)
+
+
+def multislerp(deltas: np.ndarray, dots: np.ndarray, *, weight: Value, normalize: bool, out: np.ndarray) -> None:
+    """Twin of `spheres.multislerp`."""
+    _combine(deltas, spheres.multislerp_factors(_per_model(weight, dots), dots, normalize), out)
+
+
+def nuslerp(deltas: np.ndarray, dots: np.ndarray, *, weight: Value, out: np.ndarray) -> None:
+    """Twin of `spheres.nuslerp`."""
+    t = spheres.second_share(_per_model(weight, dots))
+    _combine(deltas, spheres.arc_factors(float(t), spheres.angle_between(dots.tolist()), math.sin), out)
 
 
 def task_arithmetic(deltas: np.ndarray, *, weight: Value, scale: float, normalize: bool, out: np.ndarray) -> None:
@@ -89,6 +111,10 @@ def dare(
         _elect(deltas, limits, weights, np.ones_like(weights), True, dtype.type(scale), out)
     else:
         _weighted_sum(deltas, weights * dtype.type(scale), dtype.type(1), out)
+
+
+def _combine(stack: np.ndarray, factors: Sequence[float] | np.ndarray, out: np.ndarray) -> None:
+    _weighted_sum(stack, np.asarray(factors, stack.dtype), stack.dtype.type(1), out)
 
 
 def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:

@@ -53,14 +53,16 @@ def _kth_largest(magnitudes: Tensor, k: int) -> float:
     return float(magnitudes.kthvalue(magnitudes.numel() - k + 1).values)
 
 
-def statistic(name: str, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
-    """A tensor-scope statistic by name, from whole tensors (`methods.STATISTICS`); methods take it as a constant."""
+def statistic(name: str, stack: Tensor, knobs: Mapping[str, Any]) -> Tensor:
+    """A tensor-scope statistic by name (`methods.STATISTICS`), of whole tensors `stack` [models, *shape].
+
+    Methods take it as a constant: no gradient goes through it.
+    """
     if name == "threshold":
-        return threshold_of(given["deltas"], knobs["density"])
+        return threshold_of(stack, knobs["density"])
     import torch
 
-    stack = given["models"] if given["deltas"] is None else given["deltas"]
-    flat = stack.reshape(stack.shape[0], -1).to(torch.float64)
+    flat = stack.detach().reshape(stack.shape[0], -1).to(torch.float64)
     return flat.norm(dim=1) if name == "norms" else flat @ flat.T
 
 

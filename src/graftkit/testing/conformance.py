@@ -110,6 +110,14 @@ class MethodConformance:
             else:
                 self._assert_close(result, sample.base, "merging copies of one model does not return it")
 
+    def test_a_base_of_zero_is_no_base(self) -> None:
+        """Where it can do without a base, zeros in its place give what no base gives."""
+        if self._method.needs_base or not self._method.uses_base:
+            pytest.skip("needs its base" if self._method.needs_base else "looks at no base")
+        sample = self._sample((4, 6))
+        alone = self._method.run(models=sample.models, rng=sample.rng, **self.knobs)
+        self._assert_close(alone, self._run(replace(sample, base=sample.base * 0)), "a base of zero is not no base")
+
     def test_permuting_models_changes_nothing(self) -> None:
         """Models in another order, with their knobs and streams, give the same result up to rounding."""
         if self._method.ordered:
@@ -205,14 +213,22 @@ class MethodConformance:
         _assert_same_bits([self._run(flat)], self._run(sample).reshape(-1), message)
 
     def test_the_engine_agrees(self, tmp_path: Path) -> None:
-        """Merged from files, it gives what the function gives, within one unit of a float32's last place."""
-        self._merge_files(tmp_path, samples.counts(self._method, 3)[-1])
+        """Merged from files, it gives what the function gives, within one unit of a float32's last place.
 
-    def _merge_files(self, directory: Path, count: int) -> None:
+        With a base, and without one where it can do without: deltas are then the models themselves.
+        """
+        count = samples.counts(self._method, 3)[-1]
+        self._merge_files(tmp_path / "with", count, True)
+        if not self._method.needs_base:
+            self._merge_files(tmp_path / "without", count, False)
+
+    def _merge_files(self, directory: Path, count: int, with_base: bool) -> None:
         large = (20, 15) if self._method.grain == "tensor" else (600, 450)  # more than the engine handles at once
         shapes = {"layers.0.weight": large, "layers.0.bias": (5,), "scale": ()}
         tensors = {n: self._sample(shape, count=count, seed=k) for k, (n, shape) in enumerate(shapes.items())}
-        merged = evaluation.through_files(self._method, directory, tensors, self.knobs)
+        if not with_base:
+            tensors = {name: replace(sample, base=sample.base * 0) for name, sample in tensors.items()}
+        merged = evaluation.through_files(self._method, directory, tensors, self.knobs, with_base)
         for name, (got, rng) in merged.items():
             given = self._given(replace(tensors[name], rng=rng))
             self._assert_within_one_unit(got, self._on(given), given, name)

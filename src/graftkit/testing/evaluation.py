@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graftkit.methods import Method, parts
+from graftkit.methods import Method
 from graftkit.methods.random import Keyed
 from graftkit.testing.samples import Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    Tensors = dict[str, tuple[Tensor, Keyed]]
 
 
 def settings(method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,8 +24,7 @@ def settings(method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
 def inputs(method: Method, sample: Sample, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that a method may read, by name, with the statistics of the whole tensor."""
     given = {"base": sample.base, "models": sample.models, "deltas": sample.models - sample.base, "rng": sample.rng}
-    made = {name: parts.statistic(name, given, settings(method, knobs)) for name in method.statistics}
-    return {**given, **made}
+    return {**given, **method.measured(given, settings(method, knobs))}
 
 
 def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -66,7 +63,9 @@ def kernel_weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str,
     return given["base"].reshape(-1) + made if method.returns_delta else made
 
 
-def through_files(method: Method, directory: Path, tensors: Mapping[str, Sample], knobs: Mapping[str, Any]) -> Tensors:
+def through_files(
+    method: Method, directory: Path, tensors: Mapping[str, Sample], knobs: Mapping[str, Any], with_base: bool
+) -> dict[str, tuple[Tensor, Keyed]]:
     """The merged weights of several tensors, by a recipe on checkpoints in a directory; and the streams drawn from."""
     from safetensors.torch import load_file, save_file
 
@@ -77,13 +76,14 @@ def through_files(method: Method, directory: Path, tensors: Mapping[str, Sample]
     held = {"base": {name: sample.base.float() for name, sample in tensors.items()}}
     held |= {f"model{k}": {name: sample.models[k].float() for name, sample in tensors.items()} for k in range(count)}
     for model, weights in held.items():
-        (directory / model).mkdir()
+        (directory / model).mkdir(parents=True)
         (directory / model / "config.json").write_text("{}")
         save_file(
             {name: value.contiguous() for name, value in weights.items()}, directory / model / "model.safetensors"
         )
     models = [str(directory / model) for model in held if model != "base"]
-    made = plan({"method": method.name, "base": str(directory / "base"), "models": models, "knobs": dict(knobs)})
+    recipe = {"method": method.name, "models": models, "knobs": dict(knobs)}
+    made = plan(recipe | ({"base": str(directory / "base")} if with_base else {}))
     execute(made, directory / "out", workers=1)
     merged = load_file(directory / "out" / "model.safetensors")
     return {step.name: (merged[step.name], Keyed(step.keys)) for step in made.steps}
