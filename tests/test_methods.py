@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +62,9 @@ class TestPassthrough(MethodConformance):
 
 def test_every_built_in_method_runs_the_suite():
     built_in = {name for name in methods.names() if methods.get(name).function.__module__.startswith("graftkit.")}
-    assert built_in == {suite.method for suite in MethodConformance.__subclasses__() if suite.__module__ == __name__}
+    suite = re.compile(r'\(MethodConformance\):\n    method = "(\w+)"')
+    tests = [path.read_text("utf-8") for path in Path(__file__).parent.glob("test_*.py")]
+    assert built_in == {name for text in tests for name in suite.findall(text)}
 
 
 def run(name, case, rng=None, **knobs):

@@ -25,6 +25,7 @@ from graftkit.recipes.plan import Step
 
 BINS = 1 << 16
 SAMPLE = 4  # blocks that place the window
+PART = 64  # entries that are looked at together for one in the window
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,20 @@ def _select_by_window(
     if len(blocks) < 2 * SAMPLE:
         return None
     reader = Reader(step, sources, space)
-    sample = [reader.read_patterns(*blocks[k * (len(blocks) - 1) // (SAMPLE - 1)]).copy() for k in range(SAMPLE)]
-    patterns = np.concatenate(sample, axis=1)  # [models, elements of the sample]
+    chosen = [blocks[k * (len(blocks) - 2) // (SAMPLE - 1)] for k in range(SAMPLE)]  # all but the last block are full
+    size = chosen[0][1] - chosen[0][0]
+    patterns = space.stack("sample", len(wanted), SAMPLE * size, np.uint32)
+    for k, block in enumerate(chosen):
+        patterns[:, k * size : (k + 1) * size] = reader.read_patterns(*block)
     places = np.clip(wanted * patterns.shape[1] // step.elements, 1, patterns.shape[1])
-    middle = [np.partition(row, row.size - k)[row.size - k] for row, k in zip(patterns, places, strict=True)]
-    first = np.maximum(np.array(middle, np.int64) - BINS // 2, 0).astype(np.uint32)
+    for row, k in zip(patterns, places, strict=True):
+        row.partition(row.size - k)
+    middle = np.array([row[row.size - k] for row, k in zip(patterns, places, strict=True)], np.int64)
+    first = np.maximum(middle - BINS // 2, 0).astype(np.uint32)
     counts, above = np.zeros((len(wanted), BINS), np.int64), np.zeros(len(wanted), np.int64)
     for start, stop in blocks:
         for k, row in enumerate(reader.read_patterns(start, stop)):
-            above[k] += _count_window(row, first[k], counts[k])
+            above[k] += _count_window(row, first[k], middle[k] - first[k], counts[k])
     if (above >= wanted).any() or (above + counts.sum(axis=1) < wanted).any():
         return None
     place, over = _locate(counts, wanted - above)
@@ -178,13 +184,24 @@ def _count_lower(patterns, bin, counts):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _count_window(patterns, first, counts):  # type: ignore[no-untyped-def]
-    above = 0
-    for i in range(patterns.size):
-        place = np.int64(patterns[i]) - np.int64(first)
-        above += place >= BINS
-        if 0 <= place < BINS:
-            counts[place] += 1
+def _count_window(patterns, first, middle, counts):  # type: ignore[no-untyped-def]
+    above, equal = np.int64(0), np.int64(0)  # deltas of bfloat16 models tie: `middle` alone may be a tenth of all
+    for start in range(0, patterns.size, PART):
+        part = patterns[start : start + PART]
+        over, reached, same = np.int32(0), np.int32(0), np.int32(0)
+        for i in range(part.size):
+            place = np.int32(part[i]) - np.int32(first)
+            over += np.int32(place >= BINS)
+            reached += np.int32(place >= 0)
+            same += np.int32(place == middle)
+        above += over
+        equal += same
+        if reached > over + same:  # few parts have another entry in the window
+            for i in range(part.size):
+                place = np.int32(part[i]) - np.int32(first)
+                if 0 <= place < BINS and place != middle:
+                    counts[place] += 1
+    counts[middle] += equal
     return above
 
 

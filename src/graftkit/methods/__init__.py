@@ -9,6 +9,10 @@ A method's positional parameters name what it reads, from a closed vocabulary:
     threshold [models]          magnitude at or above which a share `density` of each model's delta lies
     norms     [models]          Euclidean norms of `deltas` if the method reads them, else of `models`; float64
     dots      [models, models]  inner products of the same
+    band      [2, models]       smallest and largest magnitude of the share `density` below the share `outliers`
+    overlap   [models]          per entry that a model alone changes by more than `epsilon`, those that others do too
+    variation [1]               deviation over models at or above which the share `select_topk` of positions lies
+    energies  [models]          sums of squares of the deltas at these positions; float64
 
 Its keyword-only parameters are knobs. A method that reads `deltas` and not `base` returns the merged delta; any other
 returns weights. Block cutting, dtypes, files, adapters and devices are not its business.
@@ -29,7 +33,7 @@ from graftkit.methods.knobs import Knob, PerModel, Range, knobs_of
 
 __all__ = ["INPUTS", "STATISTICS", "Method", "PerModel", "Range", "get", "method", "names"]
 
-STATISTICS = ("threshold", "norms", "dots")
+STATISTICS = ("threshold", "norms", "dots", "band", "overlap", "variation", "energies")
 """Reductions over a tensor (or over the model) that the engine makes just before a method runs."""
 
 INPUTS = ("base", "models", "deltas", "rng", *STATISTICS)
@@ -170,7 +174,7 @@ def method(
 @lru_cache(maxsize=1)
 def _load_all() -> None:
     """Imports the built-in methods and every module registered under the entry point `graftkit.methods`."""
-    for theme in ("averages", "spheres", "arithmetic"):
+    for theme in ("averages", "spheres", "arithmetic", "sparse", "masks", "competition"):
         importlib.import_module(f"graftkit.methods.{theme}")
     for entry in metadata.entry_points(group="graftkit.methods"):
         try:

@@ -145,6 +145,7 @@ def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no
         merged[:] = 0
         for t in range(deltas.shape[0]):
             _trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total[:n])
+        _elect_signs(total[:n])
         for t in range(deltas.shape[0]):
             _add_agreeing(deltas[t, first : first + n], total[:n], weights[t], merged, share[:n])
         _divide(merged, share[:n], mean, scale)
@@ -153,31 +154,33 @@ def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no
 @njit(**JIT)
 def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
     for i in range(total.size):
-        d = deltas[i]
-        kept = d if np.float32(abs(d)) >= limit else d - d
+        kept = deltas[i] * np.float32(np.float32(abs(deltas[i])) >= limit)  # a product, not a branch: it vectorises
         deltas[i] = kept
         total[i] += vote * kept
 
 
 @njit(**JIT)
-def _add_agreeing(deltas, total, weight, merged, share):  # type: ignore[no-untyped-def]
-    none = weight - weight
+def _elect_signs(total):  # type: ignore[no-untyped-def]
+    for i in range(total.size):
+        total[i] = 2 * np.float32(total[i] >= 0) - 1
+
+
+@njit(**JIT)
+def _add_agreeing(deltas, sign, weight, merged, share):  # type: ignore[no-untyped-def]
     for i in range(merged.size):
-        d = deltas[i]
-        agrees = ((d > 0) & (total[i] >= 0)) | ((d < 0) & (total[i] < 0))
-        factor = weight if agrees else none
-        merged[i] += factor * d
+        factor = weight * np.float32(deltas[i] * sign[i] > 0)
+        merged[i] += factor * deltas[i]
         share[i] += factor
 
 
 @njit(**JIT)
 def _divide(merged, share, mean, scale):  # type: ignore[no-untyped-def]
-    one = scale - scale + 1
     if mean:
         for i in range(merged.size):
-            merged[i] /= share[i] if share[i] != 0 else one
-    for i in range(merged.size):
-        merged[i] *= scale
+            merged[i] = scale * (merged[i] / (share[i] + np.float32(share[i] == 0)))
+    else:
+        for i in range(merged.size):
+            merged[i] *= scale
 
 
 @njit(**JIT)

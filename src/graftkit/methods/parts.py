@@ -53,16 +53,105 @@ def _kth_largest(magnitudes: Tensor, k: int) -> float:
     return float(magnitudes.kthvalue(magnitudes.numel() - k + 1).values)
 
 
+def band_ranks(density: float, outliers: float, elements: int) -> tuple[int, int]:
+    """Ranks, from the largest magnitude, of the last and of the first entry that breadcrumbs keep; 0: no such bound.
+
+    The share `density` is kept in any case: where both shares exceed the whole, fewer outliers go.
+    """
+    kept = kept_count(density, elements)
+    removed = min(kept_count(outliers, elements) if outliers * elements >= 1 else 0, elements - kept)
+    return (kept + removed if kept else 0), (removed + 1 if removed else 0)
+
+
+def band_of(deltas: Tensor, density: float | Sequence[float], outliers: float | Sequence[float]) -> Tensor:
+    """Per model the smallest and the largest magnitude (float32) that breadcrumbs keep, [2, models]."""
+    import torch
+
+    magnitudes = deltas.abs().reshape(deltas.shape[0], -1).to(torch.float32)
+    like = torch.zeros(deltas.shape[0], dtype=torch.float64)
+    shares = (per_model(value, like).tolist() for value in (density, outliers))
+    ranks = [band_ranks(*pair, magnitudes.shape[1]) for pair in zip(*shares, strict=True)]
+    found = [[_of_rank(row, pair[k]) for row, pair in zip(magnitudes, ranks, strict=True)] for k in (0, 1)]
+    return torch.tensor(found, dtype=torch.float32, device=deltas.device)
+
+
+def _of_rank(values: Tensor, rank: int) -> float:
+    """The value of a rank, counted from 1 at the largest; infinity for rank 0."""
+    return float(values.kthvalue(values.numel() - rank + 1).values) if rank else math.inf
+
+
+def within(deltas: Tensor, band: Tensor) -> Tensor:
+    """Zeroes every entry whose float32 magnitude lies outside its model's band [2, models]."""
+    import torch
+
+    lower, upper = band.reshape(2, -1, *[1] * (deltas.ndim - 1))
+    magnitudes = deltas.abs().to(torch.float32)
+    return torch.where((magnitudes >= lower) & (magnitudes <= upper), deltas, torch.zeros_like(deltas))
+
+
+def overlap_of(deltas: Tensor, epsilon: float) -> Tensor:
+    """Per model how many of its changed entries others change too, per entry that it changes alone; float64 [models]."""
+    import torch
+
+    changed = deltas.abs().reshape(deltas.shape[0], -1) > epsilon
+    shared = changed & (changed.sum(dim=0) > 1)
+    return shared.sum(dim=1).to(torch.float64) / (changed & ~shared).sum(dim=1).clamp(min=1)
+
+
+def deviation(stack: Any) -> Any:
+    """Standard deviation over models, [models, n] float64 -> [n]; exactly 0 where all are equal.
+
+    Of numpy arrays or of tensors, in the same bits: block-wise statistics and methods must agree on what they select.
+    """
+    shifted = [row - stack[0] for row in stack]
+    mean = sum(shifted) / len(shifted)
+    return (sum((row - mean) * (row - mean) for row in shifted) / len(shifted)) ** 0.5
+
+
+def variation_of(deltas: Tensor, share: float) -> Tensor:
+    """The deviation (float32) at or above which a share of the positions lies whose deviation is not 0; [1]."""
+    import torch
+
+    if share >= 1:
+        return torch.zeros(1, device=deltas.device)
+    deviations = deviation(deltas.to(torch.float64)).to(torch.float32).reshape(-1)
+    wanted = kept_count(share, int((deviations > 0).sum()))
+    return torch.tensor([_of_rank(deviations, wanted)], dtype=torch.float32, device=deltas.device)
+
+
+def selected(deltas: Tensor, variation: Tensor) -> Tensor:
+    """Zeroes all positions at which the models' deviation is below the variation [1]."""
+    import torch
+
+    deviations = deviation(deltas.detach().to(torch.float64)).to(torch.float32)
+    return torch.where(deviations >= variation.reshape([1] * (deltas.ndim - 1)), deltas, torch.zeros_like(deltas))
+
+
+def energies_of(deltas: Tensor, variation: Tensor) -> Tensor:
+    """Per model the sum of squares of what is selected of it, float64 [models]."""
+    kept = selected(deltas, variation).double().reshape(deltas.shape[0], -1)
+    return (kept * kept).sum(dim=1)
+
+
 def statistic(name: str, stack: Tensor, knobs: Mapping[str, Any]) -> Tensor:
     """A tensor-scope statistic by name (`methods.STATISTICS`), of whole tensors `stack` [models, *shape].
 
     Methods take it as a constant: no gradient goes through it.
     """
-    if name == "threshold":
-        return threshold_of(stack, knobs["density"])
     import torch
 
-    flat = stack.detach().reshape(stack.shape[0], -1).to(torch.float64)
+    stack = stack.detach()
+    if name == "threshold":
+        return threshold_of(stack, knobs["density"])
+    if name == "band":
+        return band_of(stack, knobs["density"], knobs["outliers"])
+    if name == "overlap":
+        return overlap_of(stack, knobs["epsilon"])
+    if name == "variation":
+        return variation_of(stack, knobs["select_topk"])
+    if name == "energies":
+        return energies_of(stack, variation_of(stack, knobs["select_topk"]))
+    flat = stack.reshape(stack.shape[0], -1).to(torch.float64)
     return flat.norm(dim=1) if name == "norms" else flat @ flat.T
 
 
@@ -90,6 +179,15 @@ def weighted_sum(stack: Tensor, weight: float | Sequence[float]) -> Tensor:
     for t in range(1, stack.shape[0]):
         total = total + weights[t] * stack[t]
     return total
+
+
+def combined(
+    deltas: Tensor, weight: float | Sequence[float], elect: str, combine: str, weighted_election: bool
+) -> Tensor:
+    """The weighted sum of sparse deltas (`elect: none`), or TIES' election among them (`sign`)."""
+    if elect == "none":
+        return weighted_sum(deltas, weight)
+    return disjoint(deltas, weight, weighted_election=weighted_election, mean=combine == "mean")
 
 
 def disjoint(deltas: Tensor, weight: float | Sequence[float], *, weighted_election: bool, mean: bool) -> Tensor:

@@ -43,7 +43,7 @@ def model_stock(deltas: "Tensor", dots: "Tensor") -> "Tensor":
     Source: Jang et al. 2024 (arXiv 2403.19522), layer-wise; the formula for N models.
 
     Deviations: a negative mean cosine gives the base (the formula would step past it, away from all models); a pair
-    with a zero delta counts as a right angle. mergekit 0.1.5 takes small deltas (norm 2e-4) for zero; no such floor here.
+    with a zero delta counts as a right angle; no norm is too small (mergekit 0.1.5 has a floor of 1e-6 on products).
     """
     share = stock_share(dots.cpu().numpy())
     return weighted_sum(deltas, [float(share) / len(deltas)] * len(deltas))
@@ -107,7 +107,8 @@ def karcher(deltas: "Tensor", dots: "Tensor") -> "Tensor":
     Source: Karcher 1977; mergekit 0.1.5, method `karcher`.
 
     Deviations: with a base it works on deltas (mergekit ignores the base; leave it out to do so here); it iterates
-    until it stands still, at most 100 times (mergekit: steps of 1e-5, at most 10); directions that cancel give the mean of the tensors.
+    until it stands still, at most 100 times (mergekit: to steps of 1e-5, at most 10); directions that cancel give the
+    mean of the tensors.
     """
     return weighted_sum(deltas, karcher_factors(dots.cpu().numpy()).tolist())
 
@@ -211,7 +212,8 @@ def nuslerp(deltas: "Tensor", dots: "Tensor", *, weight: Weight = 1.0) -> "Tenso
     import torch
 
     t = second_share(per_model(weight, dots).reshape(-1))
-    return weighted_sum(deltas, torch.stack(arc_factors(t, angle_between(dots.tolist()), torch.sin)))
+    factors: Any = torch.stack(arc_factors(t, angle_between(dots.tolist()), torch.sin))
+    return weighted_sum(deltas, factors)
 
 
 def second_share(weights: Any) -> Any:
