@@ -20,9 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import harness
 import numpy as np
 import yaml
+
+import harness
 
 Array = np.ndarray
 BLOCK = 1 << 20

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / ".cache" / "bench"
+BENCH = Path(os.environ.get("GRAFTKIT_BENCH") or ROOT / ".cache" / "bench")
 OUTPUTS = BENCH / "outputs"
 RESULTS = ROOT / "benchmarks" / "results"
 GRAFT = ROOT / ".venv" / "bin" / "graft"

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
 import graftkit
+import tiny
 from graftkit.checkpoints.adapters import open_adapter
 from graftkit.checkpoints.headers import read_header
 from graftkit.checkpoints.sources import fingerprint, open_checkpoint

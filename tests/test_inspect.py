@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import tiny
 from graftkit.cli import app
 from graftkit.cli.inspect import meaning
 from graftkit.errors import DataError, PlanError

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 import graftkit
+import tiny
 from graftkit.checkpoints.sink import JOURNAL, Sink
 from graftkit.errors import OutputError
 

@@ -12,6 +12,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from graftkit import methods
+from graftkit.methods import kernels, parts
+from graftkit.methods.random import Keyed, philox_uniform
+from graftkit.testing import evaluation
 from reference import cases as inputs
 from reference.average import average
 from reference.dare import dare
@@ -19,12 +25,6 @@ from reference.passthrough import passthrough
 from reference.slerp import slerp
 from reference.task_arithmetic import task_arithmetic
 from reference.ties import kth_magnitude, ties
-from safetensors.numpy import save_file
-
-from graftkit import methods
-from graftkit.methods import kernels, parts
-from graftkit.methods.random import Keyed, philox_uniform
-from graftkit.testing import evaluation
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 DTYPES = st.sampled_from([np.float64, np.float32])

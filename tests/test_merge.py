@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import graftkit
+import tiny
 from graftkit.errors import CheckpointError, NonFiniteError, OutputError, PlanError
 from graftkit.execution import blocks
 
@@ -31,14 +31,6 @@ def recipe_of(family: tuple[Path, Path, Path], **changes: object) -> dict:
     }
 
 
-def half_unit(out: torch.Tensor, exact: torch.Tensor) -> None:
-    """The output is the exact value rounded once: at most half a unit of the last place away, and a hair."""
-    low = torch.nextafter(out, torch.full_like(out, -torch.inf)).double()
-    high = torch.nextafter(out, torch.full_like(out, torch.inf)).double()
-    gap = torch.where(exact > out.double(), high - out.double(), out.double() - low)
-    assert ((exact - out.double()).abs() <= gap * 0.501).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_task_arithmetic_is_the_float64_result_rounded_once(tmp_path: Path, dtype: torch.dtype, shards: int) -> None:
@@ -48,7 +40,7 @@ def test_task_arithmetic_is_the_float64_result_rounded_once(tmp_path: Path, dtyp
     for name, out in merged(tmp_path / "out").items():
         assert out.dtype == dtype
         b = base[name].double()
-        half_unit(out, b + 0.6 * (math[name].double() - b) + 0.4 * (code[name].double() - b))
+        tiny.half_unit(out, b + 0.6 * (math[name].double() - b) + 0.4 * (code[name].double() - b))
 
 
 @pytest.mark.parametrize("wanted", ["float32", "float16", "bfloat16"])
@@ -62,7 +54,7 @@ def test_inputs_of_mixed_dtypes_become_the_dtype_that_the_recipe_says(tmp_path: 
     graftkit.merge(recipe, tmp_path / "out")
     for name, out in merged(tmp_path / "out").items():
         assert out.dtype == getattr(torch, wanted)
-        half_unit(out, (base[name].double() + math[name].double()) / 2)
+        tiny.half_unit(out, (base[name].double() + math[name].double()) / 2)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == wanted
 
 
@@ -158,7 +150,7 @@ def test_an_adapter_merges_as_its_dense_delta(tmp_path: Path) -> None:
         product = 0.0
         if f"{module}.lora_A.weight" in lora:
             product = 2.0 * lora[f"{module}.lora_B.weight"].double() @ lora[f"{module}.lora_A.weight"].double()
-        half_unit(out, b + 0.5 * product + 0.25 * (code[name].double() - b))
+        tiny.half_unit(out, b + 0.5 * product + 0.25 * (code[name].double() - b))
 
 
 def test_average_of_adapters_stands_on_the_base(tmp_path: Path) -> None:

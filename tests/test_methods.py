@@ -11,13 +11,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import cases as inputs
-from reference.average import average
-from reference.dare import dare
-from reference.passthrough import passthrough
-from reference.slerp import slerp
-from reference.task_arithmetic import task_arithmetic
-from reference.ties import ties, ties_model
 from safetensors.numpy import load_file, save_file
 
 from graftkit import methods
@@ -25,6 +18,13 @@ from graftkit.errors import RecipeError
 from graftkit.methods import parts
 from graftkit.methods.random import Keyed
 from graftkit.testing import MethodConformance
+from reference import cases as inputs
+from reference.average import average
+from reference.dare import dare
+from reference.passthrough import passthrough
+from reference.slerp import slerp
+from reference.task_arithmetic import task_arithmetic
+from reference.ties import ties, ties_model
 
 pytest_plugins = ["pytester"]
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import cases as inputs
-from reference.ties import kth_magnitude, trimmed
 
 from graftkit.methods import parts
+from reference import cases as inputs
+from reference.ties import kth_magnitude, trimmed
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 INFINITY = math.inf

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
 import graftkit
+import tiny
 from graftkit.checkpoints import pickles
 from graftkit.checkpoints.pickles import converted
 from graftkit.checkpoints.sources import open_checkpoint

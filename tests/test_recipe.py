@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 
 import graftkit
+import tiny
 from graftkit.errors import GraftError, PlanError, RecipeError
 from graftkit.recipes.recipe import Recipe, load, parse_size
 

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
 import graftkit
+import tiny
 from graftkit import methods
 from graftkit.execution import blocks
 from graftkit.execution.blocks import Workspace

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference import cases as inputs
-from reference import spheres as reference
 
 from graftkit import methods
 from graftkit.testing import MethodConformance
+from reference import cases as inputs
+from reference import spheres as reference
 
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 METHODS = ("model_stock", "karcher", "multislerp", "nuslerp")

@@ -119,3 +119,11 @@ def recipe(directory: Path, text: str) -> Path:
     path = directory / "recipe.yaml"
     path.write_text(text)
     return path
+
+
+def half_unit(out: torch.Tensor, exact: torch.Tensor) -> None:
+    """The output is the exact value rounded once: at most half a unit of the last place away, and a hair."""
+    low = torch.nextafter(out, torch.full_like(out, -torch.inf)).double()
+    high = torch.nextafter(out, torch.full_like(out, torch.inf)).double()
+    gap = torch.where(exact > out.double(), high - out.double(), out.double() - low)
+    assert ((exact - out.double()).abs() <= gap * 0.501).all()

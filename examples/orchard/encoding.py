@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from records import Record
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from records import Record
 
 LENGTH = 256
 TURN_END = "<|im_end|>"

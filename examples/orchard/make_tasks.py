@@ -17,9 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import code_functions
 import math_problems
-import yaml
 from records import write_lines
 
 HERE = Path(__file__).resolve().parent

@@ -17,6 +17,7 @@ from functools import cache, reduce
 from pathlib import Path
 
 import yaml
+
 from records import Record
 
 TEMPLATES = Path(__file__).with_name("math_templates.yaml")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from test_oracles import FUSION_BENCH, MERGEKIT
@@ -83,9 +82,9 @@ def test_nuslerp_is_mergekits(case):
     MERGEKIT.check(case, run("nuslerp", case, weight=MERGEKIT.parameters(case)["weight"]))
 
 
-def test_nuslerp_of_one_row_is_mergekits_along_the_last_axis():
-    """Ours takes whole tensors; theirs can take each row by itself, which is ours on that row."""
-    case = "nuslerp_lastdim"
-    weight = MERGEKIT.parameters(case)["weight"]
-    rows = [methods.get("nuslerp").run(models=pair, weight=weight) for pair in MERGEKIT.models(case).transpose(0, 1)]
-    np.testing.assert_allclose(torch.stack(rows), MERGEKIT.arrays[f"{case}/out"], rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize(("case", "axis"), [("nuslerp_lastdim", 0), ("nuslerp_rowwise", 1)])
+def test_nuslerp_of_a_row_or_column_is_mergekits(case, axis):
+    """Ours takes whole tensors; theirs can take each row, or each column, by itself, which is ours on that part."""
+    pairs = MERGEKIT.models(case).unbind(axis + 1)
+    made = [methods.get("nuslerp").run(models=pair, weight=MERGEKIT.parameters(case)["weight"]) for pair in pairs]
+    MERGEKIT.check(case, torch.stack(made, dim=axis))

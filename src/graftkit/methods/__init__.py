@@ -10,7 +10,7 @@ A method's positional parameters name what it reads, from a closed vocabulary:
     norms     [models]          Euclidean norms of `deltas` if the method reads them, else of `models`; float64
     dots      [models, models]  inner products of the same
     band      [2, models]       smallest and largest magnitude of the share `density` below the share `outliers`
-    overlap   [models]          per entry that a model alone changes by more than `epsilon`, those that others do too
+    overlap   [models]          entries changed by more than `epsilon` that others change too, per one changed alone
     variation [1]               deviation over models at or above which the share `select_topk` of positions lies
     energies  [models]          sums of squares of the deltas at these positions; float64
 

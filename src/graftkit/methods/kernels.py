@@ -16,6 +16,8 @@ from numba import njit
 
 from graftkit.methods import spheres
 from graftkit.methods.averages import slerp_coefficients
+from graftkit.methods.competition import sce_weights
+from graftkit.methods.parts import deviation
 from graftkit.methods.random import MULTIPLIERS, ROUNDS, WEYL, Keyed
 
 JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
@@ -111,6 +113,52 @@ def dare(
         _elect(deltas, limits, weights, np.ones_like(weights), True, dtype.type(scale), out)
     else:
         _weighted_sum(deltas, weights * dtype.type(scale), dtype.type(1), out)
+
+
+def nearswap(deltas: np.ndarray, *, t: float, out: np.ndarray) -> None:
+    """Twin of `masks.nearswap`."""
+    np.clip(deltas[0], deltas.dtype.type(-t), deltas.dtype.type(t), out=out)
+
+
+def breadcrumbs(
+    deltas: np.ndarray,
+    band: np.ndarray,
+    *,
+    weight: Value,
+    density: Value,
+    outliers: Value,
+    scale: float,
+    elect: str,
+    combine: str,
+    weighted_election: bool,
+    out: np.ndarray,
+) -> None:
+    """Twin of `sparse.breadcrumbs`; `density` and `outliers` are in the band already."""
+    for row, low, high in zip(deltas, *band.astype(np.float32), strict=True):
+        magnitudes = np.abs(row).astype(np.float32, copy=False)
+        row[(magnitudes < low) | (magnitudes > high)] = 0
+    weights, factor = _per_model(weight, deltas), deltas.dtype.type(scale)
+    if elect == "none":
+        return _combine(deltas, weights * factor, out)
+    votes = weights if weighted_election else np.ones_like(weights)
+    return _elect(deltas, np.zeros(len(deltas), np.float32), weights, votes, combine == "mean", factor, out)  # type: ignore[no-any-return]
+
+
+def sce(
+    deltas: np.ndarray,
+    variation: np.ndarray,
+    energies: np.ndarray,
+    *,
+    select_topk: float,
+    scale: float,
+    out: np.ndarray,
+) -> None:
+    """Twin of `competition.sce`; `select_topk` is in the variation already."""
+    if variation[0] > 0:
+        deltas[:, deviation(deltas.astype(np.float64)).astype(np.float32) < variation[0]] = 0
+    weights = np.asarray(sce_weights(energies), deltas.dtype)
+    limits = np.zeros(len(deltas), np.float32)
+    _elect(deltas, limits, weights, np.ones_like(weights), True, deltas.dtype.type(scale), out)
 
 
 def _combine(stack: np.ndarray, factors: Sequence[float] | np.ndarray, out: np.ndarray) -> None:

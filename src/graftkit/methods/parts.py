@@ -40,7 +40,7 @@ def threshold_of(deltas: Tensor, density: float | Sequence[float]) -> Tensor:
     import torch
 
     magnitudes = deltas.detach().abs().reshape(deltas.shape[0], -1).to(torch.float32)
-    densities = per_model(density, deltas).reshape(-1).tolist()
+    densities = per_model(density, deltas.detach().to(torch.float64)).reshape(-1).tolist()
     found = [_kth_largest(row, kept_count(d, row.numel())) for row, d in zip(magnitudes, densities, strict=True)]
     return torch.tensor(found, dtype=torch.float32, device=deltas.device)
 
@@ -60,7 +60,7 @@ def band_ranks(density: float, outliers: float, elements: int) -> tuple[int, int
     """
     kept = kept_count(density, elements)
     removed = min(kept_count(outliers, elements) if outliers * elements >= 1 else 0, elements - kept)
-    return (kept + removed if kept else 0), (removed + 1 if removed else 0)
+    return (kept + removed, removed + 1 if removed else 0) if kept else (0, 0)
 
 
 def band_of(deltas: Tensor, density: float | Sequence[float], outliers: float | Sequence[float]) -> Tensor:
@@ -69,8 +69,8 @@ def band_of(deltas: Tensor, density: float | Sequence[float], outliers: float | 
 
     magnitudes = deltas.abs().reshape(deltas.shape[0], -1).to(torch.float32)
     like = torch.zeros(deltas.shape[0], dtype=torch.float64)
-    shares = (per_model(value, like).tolist() for value in (density, outliers))
-    ranks = [band_ranks(*pair, magnitudes.shape[1]) for pair in zip(*shares, strict=True)]
+    kept, removed = (per_model(value, like).tolist() for value in (density, outliers))
+    ranks = [band_ranks(*pair, magnitudes.shape[1]) for pair in zip(kept, removed, strict=True)]
     found = [[_of_rank(row, pair[k]) for row, pair in zip(magnitudes, ranks, strict=True)] for k in (0, 1)]
     return torch.tensor(found, dtype=torch.float32, device=deltas.device)
 
@@ -90,7 +90,7 @@ def within(deltas: Tensor, band: Tensor) -> Tensor:
 
 
 def overlap_of(deltas: Tensor, epsilon: float) -> Tensor:
-    """Per model how many of its changed entries others change too, per entry that it changes alone; float64 [models]."""
+    """Per model how many of its changed entries others change too, over how many it changes alone; float64 [models]."""
     import torch
 
     changed = deltas.abs().reshape(deltas.shape[0], -1) > epsilon
@@ -161,6 +161,11 @@ def trim(deltas: Tensor, threshold: Tensor) -> Tensor:
 
     limits = threshold.reshape(-1, *[1] * (deltas.ndim - 1))
     return torch.where(deltas.abs().to(torch.float32) >= limits, deltas, torch.zeros_like(deltas))
+
+
+def reaches(deltas: Tensor, threshold: Tensor) -> Tensor:
+    """Where the float32 magnitude is at or above its model's threshold [models]."""
+    return deltas.abs().to(threshold.dtype) >= threshold.reshape(-1, *[1] * (deltas.ndim - 1))
 
 
 def drop(deltas: Tensor, uniform: Tensor, density: float | Sequence[float], rescale: bool) -> Tensor:

@@ -65,7 +65,9 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
         where = given["weight"][1] if "weight" in given else "recipe.knobs.weight"
         raise RecipeError(f"{where}: the weights sum to zero, and {chosen} divides by their sum")
     if values.get("take", 0) >= len(recipe.models):
-        raise RecipeError(f"{chosen}: take is {values['take']}, but there are {len(recipe.models)} models, counted from 0")
+        raise RecipeError(
+            f"{chosen}: take is {values['take']}, but there are {len(recipe.models)} models, counted from 0"
+        )
     return Setting(chosen, values)
 
 

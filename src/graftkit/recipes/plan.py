@@ -112,13 +112,22 @@ class Plan:
         """Scratch memory that one worker needs at most, in bytes."""
         return max((_scratch(step) for step in self.steps), default=0)
 
+    def needs_torch(self) -> bool:
+        """Whether a step's method runs as its torch function."""
+        return any(step.method and not methods.get(step.method).kernel for step in self.steps)
+
+
+TEMPORARIES = 8
+"""Block-sized arrays that a method's torch function makes on its way, measured on those that have no compiled twin."""
+
 
 def _scratch(step: Step) -> int:
-    """Raw bytes and float blocks of one step: base, models, result, and three blocks of the cast."""
-    whole = step.method and methods.get(step.method).grain == "tensor"
-    block = step.elements if whole else min(step.elements, BLOCK)
+    """Bytes of one step's blocks: raw, base, models, result, the cast's, and a method's temporaries."""
+    method = methods.get(step.method) if step.method else None
+    block = step.elements if method and method.grain == "tensor" else min(step.elements, BLOCK)
     wide = 4 if step.dtype in ("F16", "BF16") else 8
-    return block * ((len(step.models) + 2) * wide + 2 * 8) * (2 if whole else 1)
+    floats = (len(step.models) + 2) * (TEMPORARIES if method and not method.kernel else 1)
+    return block * (floats * wide + 2 * 8)
 
 
 def plan(
