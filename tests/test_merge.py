@@ -244,6 +244,14 @@ def test_an_output_that_holds_anything_is_refused_and_replaced_whole_when_asked(
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".out")] == []
 
 
+@pytest.mark.parametrize("place", ["base", "math", "."])
+def test_an_output_that_holds_an_input_is_refused_even_when_told_to_overwrite(tmp_path: Path, place: str) -> None:
+    family = tiny.family(tmp_path)
+    with pytest.raises(OutputError, match="an input of this merge"):
+        graftkit.merge(recipe_of(family), tmp_path / place, overwrite=True)
+    assert all((path / "model.safetensors").is_file() for path in family)
+
+
 def test_no_room_is_refused_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 

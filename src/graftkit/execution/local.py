@@ -20,7 +20,7 @@ import numpy as np
 from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.sink import Sink
-from graftkit.errors import CheckpointError, GraftError, PlanError
+from graftkit.errors import CheckpointError, GraftError, OutputError, PlanError
 from graftkit.execution import record, reductions
 from graftkit.execution.apply import Tally, apply, cast
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
@@ -90,13 +90,15 @@ def execute(
     Raises PlanError, CheckpointError or OutputError; nothing stands under `out` unless all of it does.
     """
     check_device(device)
+    out = Path(os.path.abspath(out))
+    _check_apart(planned, out)
     machine: dict[str, Any] = {"workers": workers, "memory": memory, "device": device, "progress": progress}
     for named in planned.sources:
         if named.nested and not (named.source.directory / record.FILE).is_file():
             execute(named.nested, named.source.directory, overwrite=True, **machine)
     count = _allowed_workers(planned, workers or os.cpu_count() or 1, memory)
     layout = [(shard.file, [(s.name, s.dtype, s.shape) for s in shard.steps]) for shard in planned.shards]
-    job = Job(planned, Sink(Path(out), layout, planned.hash, overwrite=overwrite), count, device, progress)
+    job = Job(planned, Sink(out, layout, planned.hash, overwrite=overwrite), count, device, progress)
     try:
         return _run(job)
     finally:
@@ -114,6 +116,14 @@ def _run(job: Job) -> dict[str, Any]:
         job.sink.add_file(name, content)
     job.sink.complete()
     return made
+
+
+def _check_apart(planned: Plan, out: Path) -> None:
+    """Refuses an output whose writing would remove one of its inputs."""
+    for named in planned.sources:
+        directory = named.source.directory.resolve()
+        if out.resolve() in (directory, *directory.parents):
+            raise OutputError(f"{out}: holds {named.label}, an input of this merge; choose another name")
 
 
 def check_device(device: str) -> None:
