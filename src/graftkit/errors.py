@@ -6,6 +6,7 @@
     ├── CheckpointError        weights on disk are missing, truncated, malformed or unsafe
     │   └── NonFiniteError     NaN or infinity in an input
     ├── OutputError            the output cannot be written (it exists, the disk is full)
+    │   └── BusyError              another process is writing it
     └── DataError              examples or tasks cannot be read
 
 The command line prints a GraftError as one message and exits with status 2; anything else is a bug of ours.
@@ -39,6 +40,10 @@ class NonFiniteError(CheckpointError):
 
 class OutputError(GraftError):
     """An output that cannot be written."""
+
+
+class BusyError(OutputError):
+    """An output that another process is writing."""
 
 
 class DataError(GraftError):

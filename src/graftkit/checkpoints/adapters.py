@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WRAPPER = "base_model.model."  # what PEFT puts before a module's path
+CHANGED_MEANING = (
+    "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens",
+    "trainable_token_indices",
+)  # fmt: skip
+"""Settings under which an adapter is more than `scale * B @ A` on the modules that it names."""
 MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "eva_mutated")
 
 
@@ -125,6 +130,8 @@ def open_adapter(directory: Path) -> Adapter:
             pairs.setdefault(module, {})[part] = info
         else:
             whole[module] = info
+    for module in pairs:  # beside factors, PEFT saves the embedding that they adapt: the base's own weight
+        whole.pop(f"{module}.weight", None)
     factors = {f"{module}.weight": _factors(directory, module, parts, config) for module, parts in pairs.items()}
     if not factors and not whole:
         raise CheckpointError(f"{directory}: the adapter holds no tensor")
@@ -141,6 +148,9 @@ def _refuse_kinds(directory: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{directory}: a DoRA adapter, whose delta is not low-rank; merge it into its base first")
     if config.get("lora_bias"):
         raise CheckpointError(f"{directory}: uses lora_bias, which is not supported; merge it into its base first")
+    changed = [name for name in CHANGED_MEANING if config.get(name)]
+    if changed:
+        raise CheckpointError(f"{directory}: uses {changed[0]}, which is not supported; merge it into its base first")
     started = config.get("init_lora_weights")
     if isinstance(started, str) and started.lower().split("_")[0] in MUTATED_BASE:
         raise CheckpointError(
@@ -160,7 +170,7 @@ def _parse(directory: Path, name: str) -> tuple[str, str]:
         return match["module"], match["part"]
     if "lora_" in inner:
         raise CheckpointError(f"{directory}: cannot read tensor {name!r} (a kind of adapter that is not supported)")
-    return inner.replace(".modules_to_save.", "."), ""
+    return inner.replace(".modules_to_save.", ".").replace(".base_layer.", "."), ""
 
 
 def _factors(directory: Path, module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Factors:
@@ -173,7 +183,12 @@ def _factors(directory: Path, module: str, parts: Mapping[str, TensorInfo], conf
         raise CheckpointError(
             f"{directory}: module {module!r} has factors {list(a.shape)} and {list(b.shape)}, which do not multiply"
         )
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", a.shape[0]))
+    try:
+        alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", a.shape[0])))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{directory}: {CONFIG} has a lora_alpha or alpha_pattern that is no number ({error})"
+        ) from error
     scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
     return Factors(a, b, float(scale), transposed=embedding or bool(config.get("fan_in_fan_out")))
 

@@ -66,13 +66,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); copy it anew")
-            raw = json.loads(handle.read(length), object_pairs_hook=_unique_pairs)
+            raw = json.loads(handle.read(length), object_pairs_hook=unique_pairs)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{file}: the header is not JSON ({error}); copy the file anew") from error
-    except _DuplicateName as error:
+    except DuplicateNameError as error:
         raise CheckpointError(f"{file}: the header names {error} twice; copy the file anew") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: the header is not JSON ({error}); copy the file anew") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: the header is not a JSON object; copy the file anew")
     metadata = raw.pop("__metadata__", None) or {}
@@ -81,15 +81,16 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     return tensors, metadata
 
 
-class _DuplicateName(ValueError):
-    pass
+class DuplicateNameError(ValueError):
+    """A key that stands twice in a JSON object."""
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object whose keys are distinct. Raises DuplicateNameError."""
     result = dict(pairs)
     if len(result) != len(pairs):
         names = [name for name, _ in pairs]
-        raise _DuplicateName(next(repr(name) for name in names if names.count(name) > 1))
+        raise DuplicateNameError(next(repr(name) for name in names if names.count(name) > 1))
     return result
 
 
@@ -97,7 +98,8 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     try:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        sound = isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        name.encode()
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:

@@ -25,7 +25,11 @@ def directory_of(name: str, relative_to: Path, *, allow_pickle: bool = False) ->
 
     Raises CheckpointError when there is neither such a directory nor such a model on the hub or in its cache.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+        _ = path.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{name[:200]}: not a path that can be looked up ({error})"[:400]) from error
     for candidate in (relative_to / path, path):
         if candidate.is_dir():
             return candidate

@@ -18,7 +18,7 @@ from typing import Any
 
 from graftkit.checkpoints.headers import ITEMSIZE, METADATA, encode_header
 from graftkit.checkpoints.sources import INDEX
-from graftkit.errors import OutputError
+from graftkit.errors import BusyError, OutputError
 
 Layout = Sequence[tuple[str, Sequence[tuple[str, str, tuple[int, ...]]]]]
 """Files of the output, each with its tensors as (name, dtype, shape)."""
@@ -41,32 +41,43 @@ class Sink:
         self.notes: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._places: dict[str, tuple[int, int, int]] = {}  # name -> descriptor, offset, bytes of an element
+        self._journal: Any = None
         self._check_free_name()
-        out.parent.mkdir(parents=True, exist_ok=True)
-        self._take_partial(token)
         try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._take_partial(token)
             self._check_room()
             self._open_files()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise _full(out, error) from error
             raise
 
     def _check_free_name(self) -> None:
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
+        try:
+            held = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
+            strange = self.out.is_symlink() or (self.out.exists() and not self.out.is_dir())
+        except OSError as error:
+            raise _full(self.out, error) from error
+        if strange:
             raise OutputError(f"{self.out}: exists and is not a directory; choose another name")
-        if self.out.is_dir() and any(self.out.iterdir()) and not self.overwrite:
+        if held and not self.overwrite:
             raise OutputError(
                 f"{self.out}: holds files already; choose another name, or pass --overwrite to replace it whole"
             )
+        if held and not any(name == "graft.json" or name.endswith(".safetensors") for name in held):
+            raise OutputError(f"{self.out}: holds {held[0]!r} and no model; --overwrite replaces models only")
 
     def _take_partial(self, token: str) -> None:
+        if self.partial.is_symlink():
+            raise OutputError(f"{self.partial}: is a symbolic link in the way of the work in progress; remove it")
         self.partial.mkdir(exist_ok=True)
         self._journal = open(self.partial / JOURNAL, "a+", encoding="utf-8")
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._journal.close()
-            raise OutputError(
+            raise BusyError(
                 f"{self.out}: another process is writing it; wait for it, or choose another name"
             ) from error
         head = {"plan": token, "boot": boot_id()}
@@ -76,11 +87,21 @@ class Sink:
         for line in [head] if fresh else lines:  # written anew, so that a line cut short by a kill does not stay
             self._log(line)
         if not fresh:
-            self.done = {line["tensor"]: line["record"] for line in lines if "tensor" in line}
+            whole = self._tensors_of_whole_files()
+            self.done = {line["tensor"]: line["record"] for line in lines if line.get("tensor") in whole}
             self.notes = {line["note"]: line["value"] for line in lines if "note" in line}
         for path in self.partial.iterdir() if fresh else ():
             if path.name != JOURNAL:
                 path.unlink()
+
+    def _tensors_of_whole_files(self) -> set[str]:
+        """The tensors whose files are still there in full length: a journal is no proof of that."""
+        found: set[str] = set()
+        for file, tensors in self.layout:
+            path = self.partial / file
+            if path.is_file() and path.stat().st_size == _file_size(tensors):
+                found |= {name for name, _, _ in tensors}
+        return found
 
     def _check_room(self) -> None:
         needed = MARGIN + sum(
@@ -100,14 +121,13 @@ class Sink:
     def _open_files(self) -> None:
         for file, tensors in self.layout:
             header, offsets = encode_header(list(tensors), METADATA)
-            size = len(header) + sum(ITEMSIZE[dtype] * _product(shape) for _, dtype, shape in tensors)
             descriptor = os.open(self.partial / file, os.O_RDWR | os.O_CREAT, 0o644)
             for name, dtype, _ in tensors:
                 self._places[name] = (descriptor, offsets[name], ITEMSIZE[dtype])
             if not tensors:
                 os.close(descriptor)
                 continue
-            os.ftruncate(descriptor, size)
+            os.ftruncate(descriptor, _file_size(tensors))
             self._write_all(descriptor, header, 0)
 
     def write(self, name: str, start: int, data: Any) -> None:
@@ -159,23 +179,28 @@ class Sink:
             )
         if len(self.layout) > 1:
             self.add_file(INDEX, _index(self.layout))
-        self.close()
-        (self.partial / JOURNAL).unlink()
+        self._check_free_name()  # something may have appeared there meanwhile
         old = self.out.parent / f".{self.out.name}.graft-old"
-        if old.exists():
-            shutil.rmtree(old)
-        if self.out.exists():
-            self.out.rename(old)
-        self.partial.rename(self.out)
-        if old.exists():
-            shutil.rmtree(old)
+        try:
+            if old.exists():
+                shutil.rmtree(old)
+            if self.out.exists():
+                self.out.rename(old)
+            self.partial.rename(self.out)  # the journal, still locked, goes along: nobody can take the work up now
+            (self.out / JOURNAL).unlink()
+            if old.exists():
+                shutil.rmtree(old)
+        except OSError as error:
+            raise _full(self.out, error) from error
+        self.close()
 
     def close(self) -> None:
         """Closes the files; what is written stays for a later run."""
         for descriptor in {place[0] for place in self._places.values()}:
             os.close(descriptor)
         self._places = {}
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
 
 
 def _product(shape: Sequence[int]) -> int:
@@ -183,6 +208,12 @@ def _product(shape: Sequence[int]) -> int:
     for size in shape:
         result *= size
     return result
+
+
+def _file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Bytes of a whole file: header and tensors."""
+    header, _ = encode_header(list(tensors), METADATA)
+    return len(header) + sum(ITEMSIZE[dtype] * _product(shape) for _, dtype, shape in tensors)
 
 
 def _index(layout: Layout) -> bytes:

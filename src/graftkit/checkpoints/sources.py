@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftkit.checkpoints.headers import ITEMSIZE, TensorInfo, inside, read_header
+from graftkit.checkpoints.headers import ITEMSIZE, DuplicateNameError, TensorInfo, inside, read_header, unique_pairs
 from graftkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class Checkpoint:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(file, os.O_RDONLY)
+                try:
+                    self._files[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read any more ({error.strerror})") from error
             return self._files[file]
 
     def close(self) -> None:
@@ -133,7 +136,7 @@ def _indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
     shards = {}
     for shard in sorted(set(map(str, weight_map.values()))):
         path = inside(directory, shard)
-        if not path.is_file():
+        if not _is_file(path):
             raise CheckpointError(f"{index}: names the shard {shard!r}, which is missing; download the model again")
         shards[shard] = read_header(path)[0]
     for name, shard in weight_map.items():
@@ -147,8 +150,15 @@ def _indexed(directory: Path, index: Path) -> dict[str, TensorInfo]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file system takes
+        return False
+
+
 def _only_file(directory: Path) -> Path:
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(path for path in directory.glob("*.safetensors") if path.is_file())
     if len(files) == 1:
         return files[0]
     if files:
@@ -171,10 +181,12 @@ def read_json(file: Path, missing: dict[str, Any] | None = None) -> dict[str, An
     if missing is not None and not file.is_file():
         return missing
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_pairs)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except DuplicateNameError as error:
+        raise CheckpointError(f"{file}: the key {error} stands twice") from None
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: not a JSON object")

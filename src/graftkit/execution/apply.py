@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from graftkit.checkpoints import storage
-from graftkit.errors import GraftError, NonFiniteError
+from graftkit.errors import GraftError, NonFiniteError, RecipeError
 from graftkit.execution.blocks import Workspace
 from graftkit.methods import Method
 
@@ -43,7 +43,8 @@ def apply(
         stack = given.get("deltas", given.get("models"))
         assert stack is not None
         out = space.take("result", stack.shape[1], stack.dtype)
-        kernel_of(method.kernel)(*arguments, **knobs, out=out)
+        kernel = kernel_of(method.kernel)
+        _refusing(method, lambda: kernel(*arguments, **knobs, out=out))
         return out
     import torch
 
@@ -62,13 +63,22 @@ def apply(
         )
 
     with torch.inference_mode():
-        result = method.function(*(tensor(n, v) for n, v in zip(method.reads, arguments, strict=True)), **knobs)
+        values = [tensor(n, v) for n, v in zip(method.reads, arguments, strict=True)]
+        result = _refusing(method, lambda: method.function(*values, **knobs))
     stack = next(given[name] for name in ("deltas", "models", "base") if given.get(name) is not None)
     if result.numel() != stack.shape[-1]:
         raise GraftError(
             f"method {method.name!r} returned {result.numel()} elements for {stack.shape[-1]}; a method keeps the shape"
         )
     return np.ascontiguousarray(result.reshape(-1).cpu().numpy(), stack.dtype)
+
+
+def _refusing(method: Method, run: Callable[[], Any]) -> Any:
+    """A method says by ValueError that it cannot do what its knobs ask."""
+    try:
+        return run()
+    except ValueError as error:
+        raise RecipeError(f"{method.name}: {error}") from error
 
 
 @dataclass
@@ -104,12 +114,13 @@ def cast(
     wide = result
     if is_delta:
         assert base is not None
-        wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
     raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
     back = space.take("back", result.size, result.dtype)
     if not storage.widen(raw, dtype, back):
         raise NonFiniteError(
-            f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for the dtype"
+            f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for it"
         )
     sums = _tally(wide, wide if base is None else base, back)
     tally.delta += float(sums[0])

@@ -20,11 +20,12 @@ import numpy as np
 from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.sink import Sink
-from graftkit.errors import CheckpointError, GraftError, OutputError, PlanError
+from graftkit.errors import BusyError, CheckpointError, GraftError, OutputError, PlanError
 from graftkit.execution import record, reductions
 from graftkit.execution.apply import Tally, apply, cast
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.reductions import Threshold
+from graftkit.recipes import inputs
 from graftkit.recipes.plan import Plan, Step, plan
 from graftkit.recipes.recipe import Recipe
 
@@ -92,38 +93,59 @@ def execute(
     check_device(device)
     out = Path(os.path.abspath(out))
     _check_apart(planned, out)
-    machine: dict[str, Any] = {"workers": workers, "memory": memory, "device": device, "progress": progress}
-    for named in planned.sources:
-        if named.nested and not (named.source.directory / record.FILE).is_file():
-            execute(named.nested, named.source.directory, overwrite=True, **machine)
     count = _allowed_workers(planned, workers or os.cpu_count() or 1, memory)
     layout = [(shard.file, [(s.name, s.dtype, s.shape) for s in shard.steps]) for shard in planned.shards]
-    job = Job(planned, Sink(out, layout, planned.hash, overwrite=overwrite), count, device, progress)
+    state = inputs.signature(planned.sources)
+    sink = Sink(out, layout, f"{planned.hash} {state}", overwrite=overwrite)
+    job = Job(planned, sink, count, device, progress)
+    machine: dict[str, Any] = {"workers": workers, "memory": memory, "device": device, "progress": progress}
     try:
-        return _run(job)
+        for named in planned.sources:
+            _make_nested(named, machine)
+        return _run(job, state)
     finally:
-        job.sink.close()
+        sink.close()
         for named in planned.sources:
             named.source.close()
 
 
-def _run(job: Job) -> dict[str, Any]:
+def _make_nested(named: inputs.Named, machine: dict[str, Any]) -> None:
+    """Carries out the recipe that a source is the result of, unless the cache holds it; waits for others."""
+    while named.nested and not _in_cache(named):
+        try:
+            execute(named.nested, named.source.directory, overwrite=True, **machine)
+        except BusyError:
+            time.sleep(0.5)
+
+
+def _in_cache(named: inputs.Named) -> bool:
+    ends: dict[Path, int] = {}
+    for tensor in named.source.tensors.values():
+        ends[tensor.file] = max(ends.get(tensor.file, 0), tensor.end)
+    whole = all(file.is_file() and file.stat().st_size >= end for file, end in ends.items())
+    return whole and (named.source.directory / record.FILE).is_file()
+
+
+def _run(job: Job, state: str) -> dict[str, Any]:
     started, resumed = time.perf_counter(), len(job.sink.done)
     stages = [_stage(job, name) for name in job.plan.stages]
     seconds = time.perf_counter() - started
     made = record.build(job.plan, job.sink.done, stages, seconds, resumed, job.workers, job.device)
     for name, content in record.side_files(job.plan, made).items():
         job.sink.add_file(name, content)
+    if inputs.signature(job.plan.sources) != state:
+        raise CheckpointError(f"{job.sink.out}: an input was written to while it was merged; run the command again")
     job.sink.complete()
     return made
 
 
 def _check_apart(planned: Plan, out: Path) -> None:
-    """Refuses an output whose writing would remove one of its inputs."""
-    for named in planned.sources:
-        directory = named.source.directory.resolve()
-        if out.resolve() in (directory, *directory.parents):
-            raise OutputError(f"{out}: holds {named.label}, an input of this merge; choose another name")
+    """Refuses an output whose writing would remove one of its inputs, those of nested recipes included."""
+    kept = [*inputs.files_of(planned.sources), *(named.source.directory.resolve() for named in planned.sources)]
+    kept.append(planned.recipe.directory.resolve() / "recipe.yaml")
+    for path in kept:
+        if out.resolve() in (path, *path.parents):
+            raise OutputError(f"{out}: holds {path.name!r}, an input of this merge; choose another name")
 
 
 def check_device(device: str) -> None:
@@ -133,8 +155,8 @@ def check_device(device: str) -> None:
     import torch
 
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).add(1).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise GraftError(f"--device {device}: not available here ({str(error).splitlines()[0]})") from error
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import graftkit
 from graftkit.checkpoints.headers import DTYPE_NAMES
 from graftkit.checkpoints.sources import read_json
+from graftkit.errors import CheckpointError
 from graftkit.recipes.plan import Plan
 
 FILE = "graft.json"
@@ -101,11 +102,14 @@ def peak_memory() -> int:
 def side_files(plan: Plan, made: Mapping[str, Any]) -> dict[str, bytes]:
     """Everything beside the weights, by name."""
     directory = plan.sources[plan.like].source.directory
-    taken = {
-        path.name: path.read_bytes()
-        for path in sorted(directory.iterdir())
-        if path.suffix in TAKEN and path.name not in LEFT and path.is_file() and path.stat().st_size <= LARGEST
-    }
+    try:
+        taken = {
+            path.name: path.read_bytes()
+            for path in sorted(directory.iterdir())
+            if path.suffix in TAKEN and path.name not in LEFT and path.is_file() and path.stat().st_size <= LARGEST
+        }
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read any more ({error.strerror})") from error
     if "config.json" in taken and plan.recipe.output.dtype:
         taken["config.json"] = _with_dtype(read_json(directory / "config.json"), plan.recipe.output.dtype)
     taken["README.md"] = card(plan, made).encode()

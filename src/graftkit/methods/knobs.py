@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from graftkit.errors import RecipeError, nearest
 
+LARGEST = 1e300  # beyond it no arithmetic is left
+
 PerModel = float | Sequence[float]
 """A knob that takes one value for all models or one per model, in their order."""
 
@@ -65,7 +67,8 @@ class Knob:
         elif self.kind == "choice":
             good = isinstance(value, str) and value in self.choices
         else:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+            number = number and abs(value) <= LARGEST
             whole = self.kind != "integer" or (number and float(value).is_integer())
             good = number and whole and self.range.low <= value <= self.range.high
         if good:

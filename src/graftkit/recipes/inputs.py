@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def open_all(recipe: Recipe, opening: Opening) -> tuple[tuple[Named, ...], int |
 
 
 def _recipe_file(name: str, directory: Path) -> Path | None:
-    if not name.endswith((".yaml", ".yml")):
+    if not name.endswith((".yaml", ".yml")) or any(path.is_dir() for path in (directory / name, Path(name))):
         return None
     found = next((path for path in (directory / name, Path(name)) if path.is_file()), None)
     if found is None:
@@ -95,7 +96,7 @@ def _recipe_file(name: str, directory: Path) -> Path | None:
 
 def _nested(name: str, part: str, nested: Plan) -> Named:
     """A recipe as a source: its tensors are known from its plan, at the offsets that they will have in the cache."""
-    directory = cache_directory() / "merges" / nested.hash
+    directory = cache_directory() / "merges" / f"{nested.hash}-{signature(nested.sources)[:8]}"
     tensors: dict[str, TensorInfo] = {}
     for shard in nested.shards:
         offsets = encode_header([(s.name, s.dtype, s.shape) for s in shard.steps], METADATA)[1]
@@ -123,6 +124,30 @@ def _recorded_base(sources: list[Named], add: Callable[[str, str], int]) -> int 
         raise PlanError(
             f"recipe.base is missing, and the base that the adapters record is not here: {error}"
         ) from error
+
+
+def files_of(sources: tuple[Named, ...]) -> tuple[Path, ...]:
+    """Every file that a merge reads weights from, those of nested recipes included, symbolic links resolved."""
+    found: list[Path] = []
+    for named in sources:
+        store = named.source.store if isinstance(named.source, Adapter) else named.source
+        found += files_of(named.nested.sources) if named.nested else [file.resolve() for file in store.files]
+    return tuple(dict.fromkeys(found))
+
+
+def signature(sources: tuple[Named, ...]) -> str:
+    """Names the input files as they lie on disk now: paths, sizes and times of change.
+
+    Unlike a fingerprint it is not the same for a copy, and it changes whenever a file is written.
+    """
+    states = []
+    for file in files_of(sources):
+        try:
+            state = file.stat()
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read any more ({error.strerror})") from error
+        states.append(f"{file} {state.st_size} {state.st_mtime_ns} {state.st_ino}")
+    return hashlib.blake2b("\n".join(states).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
 def check_base(recipe: Recipe, adapter: Named, base: Named) -> None:
@@ -163,6 +188,6 @@ def notes(recipe: Recipe, sources: tuple[Named, ...]) -> tuple[str, ...]:
         ]
     base = next((s for s in sources if s.role == "base" and isinstance(s.source, Checkpoint)), None)
     if base:
-        found += [f"{s.label} has the same content as the base: its delta is zero" for s in sources
+        found += [f"{s.label} looks the same as the base (header, size and samples agree)" for s in sources
                   if s is not base and s.fingerprint == base.fingerprint]  # fmt: skip
     return tuple(found)

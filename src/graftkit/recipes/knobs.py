@@ -61,7 +61,7 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
     method, position = methods.get(chosen), _position(name, last_layer)
     given |= {key: item for key, item in beside.items() if key in method.knobs}
     values = {key: _value(knob, given.get(key), position, len(recipe.models)) for key, knob in method.knobs.items()}
-    if values.get("normalize") and abs(sum(values["weight"])) < 1e-12:
+    if values.get("normalize") and abs(sum(values["weight"])) <= 1e-12 * sum(map(abs, values["weight"])):
         where = given["weight"][1] if "weight" in given else "recipe.knobs.weight"
         raise RecipeError(f"{where}: the weights sum to zero, and {chosen} divides by their sum")
     if values.get("take", 0) >= len(recipe.models):
@@ -76,6 +76,8 @@ def _beside(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {}
     for key in dict.fromkeys(key for entry in recipe.models for key in entry.knobs):
         fallback = recipe.knobs.get(key, _Default)
+        if isinstance(fallback, list) and len(fallback) != len(recipe.models):
+            raise RecipeError(f"recipe.knobs.{key}: {len(fallback)} values for {len(recipe.models)} models")
         values = [
             entry.knobs.get(key, fallback[k] if isinstance(fallback, list) else fallback)
             for k, entry in enumerate(recipe.models)
@@ -108,7 +110,7 @@ def _at(value: Any, position: float, where: str) -> Any:
         return value
     points: Any = value.get("gradient")
     good = set(value) == {"gradient"} and isinstance(points, list) and bool(points)
-    if not good or not all(isinstance(p, (int, float)) and not isinstance(p, bool) for p in points):
+    if not good or not all(isinstance(p, (int, float)) and not isinstance(p, bool) and abs(p) < 1e300 for p in points):
         raise RecipeError(f"{where}: got {dict(value)!r}, expected a number or {{gradient: [0.2, 0.8]}}")
     place = position * (len(points) - 1)
     left = min(int(place), len(points) - 1)
@@ -126,7 +128,8 @@ def _position(name: str, last_layer: int) -> float:
 
 def contributes(step: Step, k: int) -> bool:
     """Whether model `k` can change the result of a step: it is read, and its weight is not 0."""
-    if step.models[k].kind == "base":
+    itself = step.base is not None and step.models[k] == step.base and "deltas" in methods.get(step.method).reads
+    if step.models[k].kind == "base" or itself:
         return False
     weight = step.knobs.get("weight")
     take = step.knobs.get("take")

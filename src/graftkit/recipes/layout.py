@@ -64,7 +64,7 @@ def match_checkpoint(wanted: Mapping[str, TensorInfo], source: Checkpoint, label
     prefix_out, prefix_in = _prefixes(wanted, held)
     found, missing = {}, []
     for name in wanted:
-        candidate = prefix_in + name.removeprefix(prefix_out) if prefix_out or prefix_in else name
+        candidate = prefix_in + name.removeprefix(prefix_out)
         candidate = next((n for n in (name, candidate, _tied(name, held)) if n in held), "")
         if candidate:
             found[name] = candidate
@@ -92,6 +92,11 @@ def match_adapter(wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str
         places = [name] if name in wanted else [w for w in wanted if w.endswith("." + name) or name.endswith("." + w)]
         if len(places) != 1:
             verdict = "is in several places" if places else "is not"
+            if role(name) == "head" and not places:
+                raise PlanError(
+                    f"{label} adapts {name!r}, which the output's model ties to its input embedding: "
+                    "untie it first, or merge the adapter into its base with PEFT"
+                )
             raise PlanError(
                 f"{label} adapts {name!r}, which {verdict} in the output's model: is it the adapter's base?"
             )
@@ -115,7 +120,7 @@ def _check_shapes(wanted: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[i
 
 def _prefixes(wanted: Iterable[str], held: Iterable[str]) -> tuple[str, str]:
     """The prefix that the output's names have and the model's lack, or the reverse: ("model.", "") say."""
-    ours, theirs = set(wanted), set(held)
+    ours, theirs = ({name for name in names if role(name) != "head"} for names in (wanted, held))
     for prefix in ("model.", "transformer.", "base_model.", "language_model."):
         if not ours & theirs and any(prefix + name in ours for name in theirs):
             return prefix, ""
@@ -133,7 +138,8 @@ def _tied(name: str, held: Mapping[str, TensorInfo]) -> str:
 
 def _is_tie(name: str, source: Checkpoint) -> bool:
     """Whether a surplus output embedding is, by the model's config, only a copy of its input embedding."""
-    text = source.config.get("text_config") or source.config
+    nested = source.config.get("text_config")
+    text = nested if isinstance(nested, dict) else source.config
     return role(name) == "head" and bool(
         source.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     )

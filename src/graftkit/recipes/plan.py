@@ -179,7 +179,8 @@ def _like(recipe: Recipe, sources: tuple[inputs.Named, ...], base: int | None, e
                 "recipe: all models are adapters and none records a base that is here; name it with `base:`"
             )
         return chosen
-    names = {named.name: k for k, named in enumerate(sources)}
+    names = {named.name.rstrip("/"): k for k, named in enumerate(sources)}
+    wanted = wanted.rstrip("/")
     if wanted not in names or not isinstance(sources[names[wanted]].source, Checkpoint):
         known = [n for n, k in names.items() if isinstance(sources[k].source, Checkpoint)]
         raise PlanError(
@@ -221,6 +222,7 @@ def _step(
         raise PlanError(
             f"{sources[like].label} keeps {name!r} as {info.dtype}; quantised weights are not merged: dequantise first"
         )
+    _check_kinds(info, sources, matched)
     if not floating or layout.BUFFERS.search(name):
         twins = [Input(e, "tensor", matched[e][name]) for e in entries if e != like and name in matched[e]]
         same = [t for t in twins if sources[t.source].source.tensors[t.name].dtype == info.dtype and not floating]
@@ -243,6 +245,17 @@ def _step(
         else ""
     )
     return Step(name, info.shape, dtype, method.name, setting.knobs, needed, models, keys, group)
+
+
+def _check_kinds(info: TensorInfo, sources: tuple[inputs.Named, ...], matched: tuple[dict[str, str], ...]) -> None:
+    """Refuses a tensor that is floating point in one model and not in another, or quantised."""
+    for named, names in zip(sources, matched, strict=True):
+        own = named.source.tensors.get(names.get(info.name, ""))
+        if own and (own.dtype in FLOATING) != (info.dtype in FLOATING):
+            raise PlanError(
+                f"{named.label} has {own.name!r} as {own.dtype}, the output as {info.dtype}: quantised and integer "
+                "weights are not merged; dequantise the model first"
+            )
 
 
 def _input(source: Source, index: int, matched: Mapping[str, str], name: str) -> Input:

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from graftkit.errors import RecipeError, nearest
 
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+DEEPEST = 99_999  # the largest number of a layer
 ROLES = ("attention", "mlp", "embedding", "head", "norm", "other")
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -78,8 +79,8 @@ class Where(BaseModel):
 
 def _span(text: str) -> range:
     match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    if not match or int(match[2] or match[1]) < int(match[1]):
-        raise ValueError(f"layers are a number, a span such as 0-11, or a list; got {text!r}")
+    if not match or not int(match[1]) <= int(match[2] or match[1]) <= DEEPEST:
+        raise ValueError(f"layers are a number, a span such as 0-11, or a list, up to {DEEPEST}; got {text!r}")
     return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
@@ -90,6 +91,12 @@ class Rule(BaseModel):
     where: Where
     method: str | None = None
     knobs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Rule:
+        if self.method is None and not self.knobs:
+            raise ValueError("changes nothing; give it a method or knobs")
+        return self
 
 
 class Output(BaseModel):
@@ -118,7 +125,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
     if not match or match[2] not in SIZES or float(match[1]) <= 0:
         raise ValueError(f"a size is a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB; got {text!r}")
-    return int(float(match[1]) * SIZES[match[2]])
+    size = float(match[1]) * SIZES[match[2]]
+    if size > 2**63:
+        raise ValueError(f"a size is at most 8 EiB; got {text[:40]!r}")
+    return int(size)
 
 
 class Recipe(BaseModel):
@@ -132,7 +142,7 @@ class Recipe(BaseModel):
     rules: list[Rule] = Field(default_factory=list)
     output: Output = Field(default_factory=Output)  # type: ignore[arg-type]
     accept_base: bool = False
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     directory: Path = Field(Path("."), exclude=True)
 
     @field_validator("models", mode="before")
@@ -177,11 +187,18 @@ class _UniqueKeys(yaml.SafeLoader):
         """As the parent's, after the check."""
         seen: set[Any] = set()
         for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
             name = self.construct_object(key, deep=True)
             if isinstance(name, (str, int, float)) and name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
             seen.add(name if isinstance(name, (str, int, float)) else id(key))
         return super().construct_mapping(node, deep)
+
+
+_UniqueKeys.add_implicit_resolver(  # YAML 1.1 takes 1e-3 for text
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
@@ -191,6 +208,8 @@ def _parse(text: str, where: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{where}: cannot be read ({str(error)[:200]})") from error
     if not isinstance(data, dict):
         raise RecipeError(
             f"{where}: a recipe is a mapping with the keys method, base, models, ...; got {type(data).__name__}"

@@ -1,0 +1,231 @@
+"""What a hostile tester found, once each: inputs that vanish, lie, change or hide, and outputs in the wrong place."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import graftkit
+import tiny
+from graftkit.checkpoints.sink import JOURNAL, Sink
+from graftkit.errors import CheckpointError, GraftError, OutputError, PlanError
+from graftkit.recipes.recipe import load
+
+
+def average(*models: Path) -> dict:
+    return {"method": "average", "models": list(map(str, models))}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def nested(tmp_path: Path) -> Path:
+    """A recipe in its own directory whose model is another recipe over `data/`."""
+    tiny.family(tmp_path / "data")
+    other = tiny.save(tmp_path / "other", tiny.weights(7))
+    (tmp_path / "recipes").mkdir()
+    inner = f"method: average\nmodels: [{tmp_path}/data/math, {tmp_path}/data/code]\n"
+    (tmp_path / "recipes" / "inner.yaml").write_text(inner)
+    return tiny.recipe(tmp_path / "recipes", f"method: average\nmodels: [inner.yaml, {other}]\n")
+
+
+def test_inputs_of_nested_recipes_and_the_recipe_itself_are_not_overwritten(tmp_path: Path, cache: Path) -> None:
+    recipe = nested(tmp_path)
+    for place in ("data", "data/math", "recipes", "."):
+        with pytest.raises(OutputError, match="an input of this merge"):
+            graftkit.merge(recipe, tmp_path / place, overwrite=True)
+    assert (tmp_path / "data" / "math" / "model.safetensors").is_file() and recipe.is_file()
+
+
+def test_weights_behind_a_symbolic_link_are_not_overwritten(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    (tmp_path / "store").mkdir()
+    (family[1] / "model.safetensors").rename(tmp_path / "store" / "blob.safetensors")
+    (family[1] / "model.safetensors").symlink_to(tmp_path / "store" / "blob.safetensors")
+    with pytest.raises(OutputError, match="an input of this merge"):
+        graftkit.merge(average(family[1], family[2]), tmp_path / "store", overwrite=True)
+
+
+def test_overwrite_replaces_models_only(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    with pytest.raises(OutputError, match="replaces models only"):
+        graftkit.merge(average(family[1], family[2]), tmp_path / "thesis", overwrite=True)
+
+
+def test_what_appears_under_the_final_name_meanwhile_is_kept(tmp_path: Path) -> None:
+    layout = [("a.safetensors", [("one", "F32", (2,))])]
+    sink = Sink(tmp_path / "out", layout, "plan")
+    sink.write("one", 0, bytes(8))
+    sink.finish("one", {})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years")
+    with pytest.raises(OutputError, match="holds files already"):
+        sink.complete()
+    sink.close()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years"
+
+
+def test_a_journal_is_no_proof_of_a_file(tmp_path: Path) -> None:
+    layout = [("a.safetensors", [("one", "F32", (2,))]), ("b.safetensors", [("two", "F32", (2,))])]
+    sink = Sink(tmp_path / "out", layout, "plan")
+    sink.finish("one", {})
+    sink.finish("two", {})
+    sink.close()
+    (tmp_path / ".out.graft-partial" / "a.safetensors").unlink()
+    again = Sink(tmp_path / "out", layout, "plan")
+    assert set(again.done) == {"two"}
+    again.close()
+
+
+def test_a_change_that_samples_do_not_see_starts_a_killed_run_anew(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    recipe = average(family[1], family[2])
+    planned = graftkit.plan(recipe)
+    graftkit.execute(planned, tmp_path / "out")
+    partial = tmp_path / ".out.graft-partial"
+    (tmp_path / "out").rename(partial)
+    state = graftkit.plan(recipe)
+    from graftkit.recipes.inputs import signature
+
+    lines = [
+        {
+            "plan": f"{state.hash} {signature(state.sources)}",
+            "boot": __import__("graftkit.checkpoints.sink", fromlist=["x"]).boot_id(),
+        }
+    ]
+    lines += [{"tensor": s.name, "record": {"method": s.method}} for s in state.steps]
+    (partial / JOURNAL).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = family[1] / "model.safetensors"
+    os.utime(file, ns=(1, 1))  # as any write would
+    assert graftkit.merge(recipe, tmp_path / "out")["execution"]["resumed_steps"] == 0
+
+
+def test_a_broken_cache_of_a_nested_recipe_is_made_again(tmp_path: Path, cache: Path) -> None:
+    recipe = nested(tmp_path)
+    graftkit.merge(recipe, tmp_path / "one")
+    held = next((cache / "merges").glob("*/model.safetensors"))
+    held.unlink()
+    graftkit.merge(recipe, tmp_path / "two")
+    one, two = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.float8_e4m3fn])
+def test_a_quantised_model_is_refused_in_the_plan_on_either_side(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    quantised = tiny.weights(1) | {name: torch.ones(16, 16).to(dtype)}
+    a, b = tiny.save(tmp_path / "a", tiny.weights(0)), tiny.save(tmp_path / "b", quantised)
+    for pair in ((a, b), (b, a)):
+        with pytest.raises(PlanError, match=r"q_proj.*(quantised|dequantise)"):
+            graftkit.plan(average(*pair))
+
+
+def test_a_model_that_is_the_base_itself_contributes_nothing(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    recipe = {"method": "task_arithmetic", "base": str(family[0]), "models": [str(family[0]), str(family[1])]}
+    with pytest.raises(PlanError, match="contributes nothing"):
+        graftkit.plan(recipe)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"layer_replication": [[0, 2]]}, {"use_qalora": True}, {"lora_alpha": "x"}, {"alpha_pattern": {"[": 3}}]
+)
+def test_settings_that_change_an_adapters_meaning_are_refused(tmp_path: Path, setting: dict) -> None:
+    base = tiny.save(tmp_path / "base", tiny.weights(0))
+    lora = tiny.adapter(tmp_path / "lora", 0, **setting)
+    with pytest.raises(CheckpointError, match=r"lora"):
+        graftkit.plan({"method": "task_arithmetic", "base": str(base), "models": [str(lora)]})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # PEFT on transformers 5
+def test_an_adapter_of_the_embedding_as_peft_saves_it(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    untied = tiny.weights(0, dtype=torch.float32) | {"lm_head.weight": torch.randn(40, 16)}
+    base = tiny.save(tmp_path / "base", untied, config={"dtype": "float32", "tie_word_embeddings": False})
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["embed_tokens", "lm_head", "q_proj"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    graftkit.merge(
+        {"method": "task_arithmetic", "base": str(base), "models": [str(tmp_path / "lora")]}, tmp_path / "out"
+    )
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), model.merge_and_unload().state_dict()
+    assert set(ours) == set(theirs) and all(torch.allclose(ours[n], theirs[n], atol=1e-5) for n in ours)
+
+
+def test_numbers_as_people_write_them_and_merge_keys(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    text = "x: &x {model: MATH, weight: 1e-3}\n".replace("x: ", "")
+    recipe = load(
+        f"method: ties\nbase: {family[0]}\nmodels:\n  - {text}  - {{<<: *x, model: {family[2]}}}\n".replace(
+            "MATH", str(family[1])
+        )
+    )
+    assert [entry.knobs for entry in recipe.models] == [{"weight": 0.001}, {"weight": 0.001}]
+
+
+def test_a_common_list_of_the_wrong_length_is_refused(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    models = [{"model": str(family[1]), "weight": 0.3}, str(family[2])]
+    for values in ([], [1.0], [1.0, 2.0, 3.0]):
+        recipe = {"method": "ties", "base": str(family[0]), "models": models, "knobs": {"weight": values}}
+        with pytest.raises(GraftError, match="values for 2 models"):
+            graftkit.plan(recipe)
+
+
+def test_places_where_nothing_can_be_written_are_said(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / ".out.graft-partial").symlink_to(family[1])
+    for place in ("file/x", "x" * 300, "out"):
+        with pytest.raises(OutputError):
+            graftkit.merge(average(family[1], family[2]), tmp_path / place)
+    assert (family[1] / "model.safetensors").is_file()
+
+
+def test_a_bare_backbone_with_a_head_is_matched(tmp_path: Path) -> None:
+    whole = tiny.weights(0) | {"lm_head.weight": torch.ones(40, 16, dtype=torch.bfloat16)}
+    bare = {n.removeprefix("model."): t for n, t in whole.items()}
+    settings = {"tie_word_embeddings": False}
+    a, b = tiny.save(tmp_path / "a", whole, config=settings), tiny.save(tmp_path / "b", bare, config=settings)
+    graftkit.merge(average(a, b), tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(whole)
+
+
+def test_a_header_that_is_no_header(tmp_path: Path) -> None:
+    for text in (
+        b'{"a":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}}',
+        b"[" * 100_000,
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b"]}}",
+    ):
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0\0\0\0")
+        with pytest.raises(CheckpointError):
+            graftkit.plan(average(tmp_path))
+
+
+def test_a_method_that_cannot_do_what_its_knobs_ask_says_so(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    models = [{"model": str(family[1]), "weight": 1}, {"model": str(family[2]), "weight": -1}]
+    with pytest.raises(GraftError, match="nuslerp"):
+        graftkit.merge({"method": "nuslerp", "models": models}, tmp_path / "out")
+
+
+def test_saving_again_gives_the_same_file(tmp_path: Path) -> None:
+    """The tests' own writer and ours agree, so that byte comparisons here mean something."""
+    made = tiny.weights(3)
+    save_file(made, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "b.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
