@@ -31,7 +31,7 @@ def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> bool:
     """Numbers from a file's bytes (`raw` uint8) into `out` (float32 or float64), exactly; whether all are finite."""
     bits = raw.view(STORAGE[dtype])
     if dtype == "BF16":
-        return not _widen_bfloat16(bits, out)
+        return not widen_bfloat16(bits, out)
     if dtype == "F16":
         _widen_table(bits, _half_table(), out)
     else:
@@ -73,7 +73,7 @@ def narrow(wide: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
     """
     view = out[: wide.size * np.dtype(STORAGE[dtype]).itemsize]
     if dtype == "BF16":
-        _narrow_bfloat16(wide.astype(np.float32, copy=False).view(np.uint32), view.view(np.uint16))
+        narrow_bfloat16(wide.astype(np.float32, copy=False).view(np.uint32), view.view(np.uint16))
     elif dtype == "F16":
         with np.errstate(over="ignore"):
             np.copyto(view.view(np.float16), wide, casting="same_kind")
@@ -109,7 +109,8 @@ def _half_table() -> np.ndarray:
 
 
 @njit(**JIT)
-def _widen_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+def widen_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+    """Bits to numbers; whether one is not finite."""
     broken = np.uint16(0)
     for i in range(out.size):
         b = bits[i]
@@ -151,7 +152,8 @@ def _all_finite(values):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def _narrow_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+def narrow_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+    """The bits of float32 numbers to those of the nearest bfloat16, ties to even."""
     for i in range(out.size):
         u = bits[i]
         out[i] = np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))

@@ -111,18 +111,15 @@ def cast(
 
     Raises NonFiniteError when the result overflows the output dtype or is undefined (weights that sum to zero).
     """
-    wide = result
-    if is_delta:
-        assert base is not None
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
-    raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
-    back = space.take("back", result.size, result.dtype)
-    if not storage.widen(raw, dtype, back):
+    if dtype == "BF16" and result.dtype == np.float32:
+        raw = space.take("out", result.size * 8, np.uint8)[: result.size * 2]
+        good, sums = _cast_bfloat16(result, result if base is None else base, is_delta, raw.view(np.uint16))
+    else:
+        raw, good, sums = _cast_any(result, base, is_delta, dtype, space)
+    if not good:
         raise NonFiniteError(
             f"{label}: the result is not finite in {dtype}: weights that sum to zero, or too large for it"
         )
-    sums = _tally(wide, wide if base is None else base, back)
     tally.delta += float(sums[0])
     tally.lost += float(sums[1])
     tally.wanted += int(sums[2])
@@ -130,9 +127,44 @@ def cast(
     return raw
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def _tally(wide, base, back):  # type: ignore[no-untyped-def]
+def _cast_any(
+    result: np.ndarray, base: np.ndarray | None, is_delta: bool, dtype: str, space: Workspace
+) -> tuple[np.ndarray, bool, np.ndarray]:
+    """The cast to any dtype: bytes, whether all are finite, and the sums of the tally."""
+    wide = result
+    if is_delta:
+        with np.errstate(over="ignore", invalid="ignore"):
+            wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
+    raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
+    back = space.take("back", result.size, result.dtype)
+    good = storage.widen(raw, dtype, back)
     sums = np.zeros(4, np.float64)
+    if good:
+        _tally(wide, wide if base is None else base, back, sums)
+    return raw, good, sums
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _cast_bfloat16(result, base, is_delta, bits):  # type: ignore[no-untyped-def]
+    """As `_cast_any`, a part at a time, so that what it goes over again is still in the nearest cache."""
+    sums, wide, back = np.zeros(4, np.float64), np.empty(PART, np.float32), np.empty(PART, np.float32)
+    for first in range(0, result.size, PART):
+        part, start, wanted = bits[first : first + PART], base[first : first + PART], result[first : first + PART]
+        n = part.size
+        if is_delta:
+            for i in range(n):
+                wide[i] = start[i] + wanted[i]
+        else:
+            wide[:n] = wanted
+        storage.narrow_bfloat16(wide[:n].view(np.uint32), part)
+        if storage.widen_bfloat16(part, back[:n]):
+            return False, sums
+        _tally(wide[:n], start, back[:n], sums)
+    return True, sums
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _tally(wide, base, back, sums):  # type: ignore[no-untyped-def]
     for first in range(0, wide.size, PART):
         part = slice(first, first + PART)
         moved, lost = _squares(wide[part], base[part], back[part])
@@ -141,7 +173,6 @@ def _tally(wide, base, back):  # type: ignore[no-untyped-def]
         sums[1] += lost
         sums[2] += wanted
         sums[3] += swallowed
-    return sums
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # a report's sums, not a weight
