@@ -109,8 +109,8 @@ def _half_table() -> np.ndarray:
 
 
 @njit(**JIT)
-def widen_bfloat16(bits, out):  # type: ignore[no-untyped-def]
-    """Bits to numbers; whether one is not finite."""
+def widen_bfloat16(bits: np.ndarray, out: np.ndarray) -> int:
+    """Bits to numbers; not 0 where one is not finite."""
     broken = np.uint16(0)
     for i in range(out.size):
         b = bits[i]
@@ -152,7 +152,7 @@ def _all_finite(values):  # type: ignore[no-untyped-def]
 
 
 @njit(**JIT)
-def narrow_bfloat16(bits, out):  # type: ignore[no-untyped-def]
+def narrow_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
     """The bits of float32 numbers to those of the nearest bfloat16, ties to even."""
     for i in range(out.size):
         u = bits[i]

@@ -133,6 +133,7 @@ def _cast_any(
     """The cast to any dtype: bytes, whether all are finite, and the sums of the tally."""
     wide = result
     if is_delta:
+        assert base is not None
         with np.errstate(over="ignore", invalid="ignore"):
             wide = np.add(base, result, out=space.take("wide", result.size, result.dtype))
     raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
