@@ -171,15 +171,20 @@ def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:
 
 @njit(**JIT)
 def _weighted_sum(stack, weights, divisor, out):  # type: ignore[no-untyped-def]
+    last = stack.shape[0] - 1
     for i in range(out.size):
         out[i] = weights[0] * stack[0, i]
-    for t in range(1, stack.shape[0]):
+    for t in range(1, last):
         weight = weights[t]
         for i in range(out.size):
             out[i] += weight * stack[t, i]
+    weight = weights[last] if last else weights[0] - weights[0]
     if divisor != 1:
         for i in range(out.size):
-            out[i] /= divisor
+            out[i] = (out[i] + weight * stack[last, i]) / divisor
+    elif last:
+        for i in range(out.size):
+            out[i] += weight * stack[last, i]
 
 
 @njit(**JIT)

@@ -7,12 +7,11 @@ tensors is one weighted sum.
 import math
 from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-
 from graftkit.methods import PerModel, Range, method
 from graftkit.methods.parts import per_model, weighted_sum
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 Weight = Annotated[PerModel, Range(search=(0, 1))]
@@ -76,8 +75,10 @@ def model_stock_rows(deltas: "Tensor") -> "Tensor":
     return (share.to(mean)[:, None] * mean).reshape(deltas.shape[1:])
 
 
-def stock_share(dots: np.ndarray) -> np.ndarray:
+def stock_share(dots: "np.ndarray") -> "np.ndarray":
     """How far to go from the base to the mean of the models; dots [..., models, models] -> [...]."""
+    import numpy as np
+
     count = dots.shape[-1]
     norms = np.sqrt(np.diagonal(dots, axis1=-2, axis2=-1))
     scales = norms[..., :, None] * norms[..., None, :]
@@ -113,8 +114,10 @@ def karcher(deltas: "Tensor", dots: "Tensor") -> "Tensor":
     return weighted_sum(deltas, karcher_factors(dots.cpu().numpy()).tolist())
 
 
-def karcher_factors(dots: np.ndarray) -> np.ndarray:
+def karcher_factors(dots: "np.ndarray") -> "np.ndarray":
     """The factor of each tensor in the Karcher mean of all; dots [models, models] -> [models]."""
+    import numpy as np
+
     norms = np.sqrt(np.diagonal(dots))
     real = norms > 0  # a zero tensor has no direction, and counts in the mean norm
     units = np.where(real, 1 / np.where(real, norms, 1), 0.0)
@@ -134,12 +137,14 @@ def karcher_factors(dots: np.ndarray) -> np.ndarray:
     return norms.mean() * point * units  # type: ignore[no-any-return]
 
 
-def _length(coefficients: np.ndarray, cosines: np.ndarray) -> float:
+def _length(coefficients: "np.ndarray", cosines: "np.ndarray") -> float:
     return math.sqrt(max(float(coefficients @ cosines @ coefficients), 0.0))
 
 
-def _tangent(point: np.ndarray, cosines: np.ndarray, real: np.ndarray) -> np.ndarray:
+def _tangent(point: "np.ndarray", cosines: "np.ndarray", real: "np.ndarray") -> "np.ndarray":
     """The mean of the directions, as seen from a point: where they pull it, as coefficients."""
+    import numpy as np
+
     seen = np.clip(cosines @ point, -1.0, 1.0)
     sines = np.sqrt(1 - seen**2)
     pull = np.where(real & (sines > CANCELLED), np.arccos(seen) / np.maximum(sines, CANCELLED), 0.0) / real.sum()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,12 @@ def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:
     return tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
 
 
+def _content(step: Step) -> list[Any]:
+    """All of a step as plain data."""
+    parts = [(part.source, part.kind, part.name) if part else None for part in (step.base, *step.models)]
+    return [step.name, step.shape, step.dtype, step.method, dict(step.knobs), parts, step.keys, step.group]
+
+
 def _hash(made: Plan) -> str:
     """Names what will be done: version, recipe, inputs by content, and every step."""
     content = {
@@ -309,6 +315,6 @@ def _hash(made: Plan) -> str:
         "recipe": made.recipe.to_dict(),
         "inputs": [named.fingerprint for named in made.sources],
         "like": made.like,
-        "shards": [(shard.file, [asdict(step) for step in shard.steps]) for shard in made.shards],
+        "shards": [(shard.file, [_content(step) for step in shard.steps]) for shard in made.shards],
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
