@@ -81,10 +81,11 @@ class Adapter:
         return LowRank(a.T.copy(), b.T.copy()) if factors.transposed else LowRank(b, a)
 
     def _array(self, info: TensorInfo, dtype: Any) -> np.ndarray:
+        import numpy as np
 
         from graftkit.checkpoints.storage import as_float
 
-        raw = self.store.read(info, 0, info.elements)
+        raw = self.store.read(info, 0, info.elements, np.empty(info.nbytes, np.uint8))
         return as_float(raw, info.dtype, dtype).reshape(info.shape)
 
     def close(self) -> None:

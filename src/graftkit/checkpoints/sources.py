@@ -1,15 +1,14 @@
 """Where tensors come from: a checkpoint directory, an adapter, or another merge's result.
 
-A source answers "which tensors, of what shape" from headers alone, and hands out ranges of a tensor's elements, one
-window at a time, so that resident memory stays at the size of the windows.
+A source answers "which tensors, of what shape" from headers alone, and hands out readers that fetch a range of a
+tensor's elements into a buffer that the caller reuses. Files are read with `pread`, never mapped: resident memory
+stays at the size of the buffers, and a file that shrinks under us is an error message instead of a bus error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import mmap
 import os
 import threading
 from collections.abc import Mapping
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-POPULATE_READ = 22  # madvise: map the pages of a range at once (Linux 5.14)
 SAMPLES, SAMPLE_BYTES = 16, 4096  # what a fingerprint reads of each file, beside header and size
 
 
@@ -36,7 +34,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]
     kind: str = "checkpoint"
-    _maps: dict[Path, Mapped] = field(default_factory=dict, repr=False, compare=False)
+    _files: dict[Path, int] = field(default_factory=dict, repr=False, compare=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -53,60 +51,37 @@ class Checkpoint:
         """A short hash of headers, sizes and sampled bytes of all weight files; the same for a copy elsewhere."""
         return fingerprint(self.files)
 
-    def read(self, tensor: TensorInfo, start: int, stop: int) -> np.ndarray:
-        """Elements `[start, stop)` of a tensor as raw bytes, uint8, read-only."""
+    def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Elements `[start, stop)` of a tensor, as raw bytes in the head of `buffer` (uint8, long enough)."""
         size = ITEMSIZE[tensor.dtype]
-        return self._mapped(tensor.file).window(tensor, tensor.begin + start * size, (stop - start) * size)
+        view = buffer[: (stop - start) * size]
+        read_exactly(self._descriptor(tensor.file), view, tensor.begin + start * size, tensor)
+        return view
 
-    def _mapped(self, file: Path) -> Mapped:
+    def _descriptor(self, file: Path) -> int:
         with self._lock:
-            if file not in self._maps:
-                self._maps[file] = Mapped(file)
-            return self._maps[file]
+            if file not in self._files:
+                try:
+                    self._files[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read any more ({error.strerror})") from error
+            return self._files[file]
 
     def close(self) -> None:
-        """Lets go of the files; reading opens them again."""
+        """Closes the files; reading opens them again."""
         with self._lock:
-            while self._maps:
-                self._maps.popitem()[1].close()
+            while self._files:
+                os.close(self._files.popitem()[1])
 
 
-class Mapped:
-    """A file mapped into memory, of which each thread has one window present at a time.
-
-    A mapping saves the copy that `read` makes, and half of a merge's time is such copies. What a thread has left is
-    given back at once, so that resident memory stays at the windows; the file's length is looked at before each
-    window, so that a file that shrinks is an error message instead of a bus error.
-    """
-
-    def __init__(self, file: Path) -> None:
-        """Opens a file. Raises CheckpointError when it cannot be read (any more)."""
-        try:
-            self._descriptor = os.open(file, os.O_RDONLY)
-            self._map = mmap.mmap(self._descriptor, 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read any more ({error})") from error
-        self._left = threading.local()
-
-    def window(self, tensor: TensorInfo, begin: int, length: int) -> np.ndarray:
-        """`length` bytes from `begin` on; this thread's window before is given back."""
-        import numpy as np
-
-        if os.fstat(self._descriptor).st_size < tensor.end:
+def read_exactly(descriptor: int, view: np.ndarray, position: int, tensor: TensorInfo) -> None:
+    """Fills `view` from the file at `position`. Raises CheckpointError where the file ends before."""
+    done, memory = 0, memoryview(view.data)
+    while done < len(memory):
+        count = os.preadv(descriptor, [memory[done:]], position + done)
+        if count == 0:
             raise CheckpointError(f"{tensor.file}: ends within tensor {tensor.name!r}: truncated while being read")
-        if left := getattr(self._left, "range", None):
-            self._map.madvise(mmap.MADV_DONTNEED, *left)
-        first = begin - begin % mmap.PAGESIZE
-        self._left.range = (first, begin + length - first)
-        if length:
-            with contextlib.suppress(OSError):  # kernels before 5.14 fault the pages in one by one
-                self._map.madvise(POPULATE_READ, *self._left.range)
-        view = np.frombuffer(self._map, np.uint8, length, begin)
-        return view if begin % 8 == 0 or view.ctypes.data % ITEMSIZE[tensor.dtype] == 0 else view.copy()
-
-    def close(self) -> None:
-        """Closes the file; the mapping goes with its last window."""
-        os.close(self._descriptor)
+        done += count
 
 
 def fingerprint(files: tuple[Path, ...]) -> str:

@@ -51,15 +51,17 @@ class Feed:
     info: TensorInfo | None = None
     delta: LowRank | None = None
 
-    def raw(self, start: int, stop: int) -> np.ndarray:
+    def raw(self, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Bytes of elements `[start, stop)`, unchecked."""
         assert self.info is not None and self.source is not None and not isinstance(self.source, Adapter)
-        return self.source.read(self.info, start, stop)
+        return self.source.read(self.info, start, stop, buffer)
 
-    def numbers(self, start: int, stop: int, out: np.ndarray, minus: np.ndarray | None = None) -> None:
+    def numbers(
+        self, start: int, stop: int, buffer: np.ndarray, out: np.ndarray, minus: np.ndarray | None = None
+    ) -> None:
         """Elements as numbers into `out`, less `minus`; refuses NaN and infinity by model and tensor."""
         assert self.info is not None
-        raw, dtype = self.raw(start, stop), self.info.dtype
+        raw, dtype = self.raw(start, stop, buffer), self.info.dtype
         good = storage.widen(raw, dtype, out) if minus is None else storage.subtract(raw, dtype, minus, out)
         if not good:
             raise non_finite(self.label, self.info)
@@ -115,12 +117,15 @@ class Reader:
         self.base = open_feed(step.base, sources, self.dtype) if step.base else None
         self.models = tuple(open_feed(part, sources, self.dtype) for part in step.models)
 
+    def _buffer(self, count: int) -> np.ndarray:
+        return self.space.take("raw", count * 8, np.uint8)
+
     def read_base(self, start: int, stop: int) -> np.ndarray | None:
         """Elements of the base [n], or None where the step needs none."""
         if self.base is None or self.base.info is None:
             return None
         out = self.space.take("base", stop - start, self.dtype)
-        self.base.numbers(start, stop, out)
+        self.base.numbers(start, stop, self._buffer(stop - start), out)
         return out
 
     def read_deltas(self, start: int, stop: int, base: np.ndarray | None) -> np.ndarray:
@@ -128,7 +133,7 @@ class Reader:
         stack = self.space.stack("deltas", len(self.models), stop - start, self.dtype)
         for feed, row in zip(self.models, stack, strict=True):
             if feed.info is not None:
-                feed.numbers(start, stop, row, base)
+                feed.numbers(start, stop, self._buffer(stop - start), row, base)
             elif feed.delta is not None:
                 row[:] = feed.delta.block(start, stop)
             else:
@@ -146,7 +151,7 @@ class Reader:
         stack = self.space.stack("models", len(self.models), stop - start, self.dtype)
         for feed, row in zip(self.models, stack, strict=True):
             if feed.info is not None:
-                feed.numbers(start, stop, row)
+                feed.numbers(start, stop, self._buffer(stop - start), row)
                 continue
             if base is None:
                 raise CheckpointError(

@@ -281,17 +281,17 @@ def _copy_step(job: Job, step: Step) -> dict[str, Any]:
     assert feed.info is not None
     space, tally, dtype = job.space, Tally(), feed.info.dtype
     for start, stop in cuts(step):
-        raw = feed.raw(start, stop)
+        raw = feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
         if not storage.finite(raw, dtype):
             raise non_finite(feed.label, feed.info)
         for twin in twins:
-            if not np.array_equal(raw, twin.raw(start, stop)):
+            if not np.array_equal(raw, twin.raw(start, stop, space.take("twin", (stop - start) * 8, np.uint8))):
                 raise CheckpointError(
                     f"{twin.label}: {step.name!r} ({dtype}) differs from {feed.label}'s, and integers are not merged"
                 )
         if dtype != step.dtype:
             wide = space.take("base", stop - start, storage.compute_dtype(step.dtype))
-            feed.numbers(start, stop, wide)
+            feed.numbers(start, stop, space.take("raw", (stop - start) * 8, np.uint8), wide)
             raw = cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}")
         job.sink.write(step.name, start, raw)
     return {"method": "", **tally.record(step.elements)}

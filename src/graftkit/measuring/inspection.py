@@ -219,7 +219,7 @@ class _Part:
     def fill(self, start: int, stop: int, space: Workspace, out: np.ndarray) -> None:
         """Entries `[start, stop)` into `out`."""
         if self.store is not None and self.info is not None:
-            raw = self.store.read(self.info, start, stop)
+            raw = self.store.read(self.info, start, stop, space.take("raw", (stop - start) * 8, np.uint8))
             storage.widen(raw, self.info.dtype, out)
         else:
             out[:] = 0 if self.delta is None else self.delta.block(start, stop)
