@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,7 @@ class Sink:
         return found
 
     def _check_room(self) -> None:
-        needed = MARGIN + sum(
-            ITEMSIZE[dtype] * _product(shape) for _, tensors in self.layout for _, dtype, shape in tensors
-        )
+        needed = MARGIN + sum(_data_size(tensors) for _, tensors in self.layout)
         held = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
         free = shutil.disk_usage(self.partial).free
         if free + held < needed:
@@ -203,21 +202,19 @@ class Sink:
             self._journal.close()
 
 
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for size in shape:
-        result *= size
-    return result
+def _data_size(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Bytes of some tensors, without a header."""
+    return sum(ITEMSIZE[dtype] * math.prod(shape) for _, dtype, shape in tensors)
 
 
 def _file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> int:
     """Bytes of a whole file: header and tensors."""
     header, _ = encode_header(list(tensors), METADATA)
-    return len(header) + sum(ITEMSIZE[dtype] * _product(shape) for _, dtype, shape in tensors)
+    return len(header) + _data_size(tensors)
 
 
 def _index(layout: Layout) -> bytes:
-    total = sum(ITEMSIZE[dtype] * _product(shape) for _, tensors in layout for _, dtype, shape in tensors)
+    total = sum(_data_size(tensors) for _, tensors in layout)
     weight_map = {name: file for file, tensors in layout for name, _, _ in tensors}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 

@@ -42,11 +42,6 @@ class Checkpoint:
         """The weight files, in the order of their names."""
         return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
 
-    @property
-    def tied(self) -> bool:
-        """Whether the input and output embeddings are one tensor on disk."""
-        return not any(name.endswith("lm_head.weight") for name in self.tensors)
-
     def fingerprint(self) -> str:
         """A short hash of headers, sizes and sampled bytes of all weight files; the same for a copy elsewhere."""
         return fingerprint(self.files)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,10 +56,7 @@ class Step:
     @property
     def elements(self) -> int:
         """Number of elements of the output tensor."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class Plan:
 
 
 TEMPORARIES = 8
-"""Block-sized arrays that a method's torch function makes on its way, measured on those that have no compiled twin."""
+"""An estimate of the block-sized arrays, for each input, that a method's torch function makes on its way."""
 
 
 def _scratch(step: Step) -> int:
