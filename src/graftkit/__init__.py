@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftkit.errors import GraftError as GraftError
+    from graftkit.execution.extraction import extract as extract
     from graftkit.execution.local import execute as execute
     from graftkit.execution.local import merge as merge
     from graftkit.measuring.evaluation import evaluate as evaluate
@@ -28,13 +29,14 @@ _PLACES = {
     "Recipe": "graftkit.recipes.recipe",
     "evaluate": "graftkit.measuring.evaluation",
     "execute": "graftkit.execution.local",
+    "extract": "graftkit.execution.extraction",
     "inspect": "graftkit.measuring.inspection",
     "merge": "graftkit.execution.local",
     "method": "graftkit.methods",
     "plan": "graftkit.recipes.plan",
 }
 
-__all__ = ["GraftError", "Plan", "Recipe", "evaluate", "execute", "inspect", "merge", "method", "plan"]
+__all__ = ["GraftError", "Plan", "Recipe", "evaluate", "execute", "extract", "inspect", "merge", "method", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
 """LoRA adapters as factors: the delta of a weight is `scale * B @ A`, formed by rows when it is needed.
 
-Reads what PEFT writes: any rank and alpha, `rank_pattern`, `alpha_pattern`, rsLoRA, embeddings, transposed (`Conv1D`)
-weights, and the full tensors of `modules_to_save` and `bias`. Kinds whose weights do not mean `scale * B @ A` on the
-recorded base (DoRA, PiSSA and the like) are refused by name.
+Reads what PEFT writes: any rank and alpha, `rank_pattern`, `alpha_pattern`, rsLoRA, DoRA (whose delta also needs the
+base's weights), embeddings, transposed (`Conv1D`) weights, and the full tensors of `modules_to_save` and `bias`. Kinds
+that stand on another base than the recorded one (PiSSA and the like) are refused by name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WRAPPER = "base_model.model."  # what PEFT puts before a module's path
 CHANGED_MEANING = (
     "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens",
-    "trainable_token_indices",
+    "trainable_token_indices", "target_parameters",
 )  # fmt: skip
 """Settings under which an adapter is more than `scale * B @ A` on the modules that it names."""
 MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "eva_mutated")
@@ -33,12 +33,17 @@ MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "eva_mutated")
 
 @dataclass(frozen=True)
 class Factors:
-    """One module's adapter: `B` [out, r], `A` [r, in]; `transposed` where the base keeps its weight as [in, out]."""
+    """One module's adapter: `B` [out, r], `A` [r, in]; `transposed` where the base keeps its weight as [in, out].
+
+    With a `magnitude` [out] (DoRA) the weight is `magnitude * (W0 + scale B A) / |W0 + scale B A|`, norms over `in`.
+    """
 
     a: TensorInfo
     b: TensorInfo
     scale: float
     transposed: bool = False
+    magnitude: TensorInfo | None = None
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -63,6 +68,8 @@ class Adapter:
     config: Mapping[str, Any]
     store: Checkpoint = field(repr=False)
     kind: str = "adapter"
+    channels: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """What DoRA multiplies each output channel by, kept by tensor once it is known (see `execution/magnitudes.py`)."""
 
     @property
     def base_name(self) -> str:
@@ -73,12 +80,27 @@ class Adapter:
         """A short hash of the adapter's weights and of the settings that scale them."""
         return fingerprint((self.directory / WEIGHTS, self.directory / CONFIG))
 
-    def load(self, name: str, dtype: Any) -> LowRank:
-        """The factors of one tensor in memory, scaled, in floating-point `dtype`."""
+    def load(self, name: str, dtype: Any, *, direction: bool = False, scaled: bool = True) -> LowRank:
+        """The factors of one tensor in memory, the scale in B unless not `scaled`, in floating-point `dtype`.
+
+        Their product is the delta, or with `direction` what DoRA adds before it rescales the channels.
+        """
         factors = self.factors[name]
+        if factors.magnitude and not direction:
+            raise CheckpointError(
+                f"{self.directory}: a DoRA adapter, whose delta is no product of its factors: it depends on the base"
+            )
         a, b = (self._array(info, dtype) for info in (factors.a, factors.b))
-        b = b * b.dtype.type(factors.scale)
+        b = b * b.dtype.type(factors.scale if scaled else 1)
         return LowRank(a.T.copy(), b.T.copy()) if factors.transposed else LowRank(b, a)
+
+    def magnitude(self, name: str) -> np.ndarray:
+        """The magnitudes of one tensor's output channels under DoRA, float64 [out]."""
+        import numpy as np
+
+        info = self.factors[name].magnitude
+        assert info is not None
+        return self._array(info, np.float64).reshape(-1)
 
     def _array(self, info: TensorInfo, dtype: Any) -> np.ndarray:
         import numpy as np
@@ -144,8 +166,6 @@ def _refuse_kinds(directory: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{directory}: adapter of type {kind!r}; only LORA is read (merge it into its base first)"
         )
-    if config.get("use_dora"):
-        raise CheckpointError(f"{directory}: a DoRA adapter, whose delta is not low-rank; merge it into its base first")
     if config.get("lora_bias"):
         raise CheckpointError(f"{directory}: uses lora_bias, which is not supported; merge it into its base first")
     changed = [name for name in CHANGED_MEANING if config.get(name)]
@@ -159,7 +179,9 @@ def _refuse_kinds(directory: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-_PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B)(\.weight)?")
+_PART = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
+)
 
 
 def _parse(directory: Path, name: str) -> tuple[str, str]:
@@ -175,13 +197,20 @@ def _parse(directory: Path, name: str) -> tuple[str, str]:
 
 def _factors(directory: Path, module: str, parts: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> Factors:
     embedding = "lora_embedding_A" in parts
-    wanted = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    wanted: tuple[str, ...] = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    wanted += ("lora_magnitude_vector",) if config.get("use_dora") else ()
     if set(parts) != set(wanted):
-        raise CheckpointError(f"{directory}: module {module!r} needs both of {' and '.join(wanted)}")
-    a, b = parts[wanted[0]], parts[wanted[1]]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+        raise CheckpointError(
+            f"{directory}: module {module!r} needs all of {', '.join(wanted)}, has {', '.join(parts)}"
+        )
+    a, b, magnitude = parts[wanted[0]], parts[wanted[1]], parts.get("lora_magnitude_vector")
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
         raise CheckpointError(
             f"{directory}: module {module!r} has factors {list(a.shape)} and {list(b.shape)}, which do not multiply"
+        )
+    if magnitude and magnitude.elements != b.shape[0]:
+        raise CheckpointError(
+            f"{directory}: module {module!r} has {magnitude.elements} magnitudes for {b.shape[0]} output channels"
         )
     try:
         alpha = float(_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", a.shape[0])))
@@ -190,7 +219,8 @@ def _factors(directory: Path, module: str, parts: Mapping[str, TensorInfo], conf
             f"{directory}: {CONFIG} has a lora_alpha or alpha_pattern that is no number ({error})"
         ) from error
     scale = alpha / (math.sqrt(a.shape[0]) if config.get("use_rslora") else a.shape[0])
-    return Factors(a, b, float(scale), transposed=embedding or bool(config.get("fan_in_fan_out")))
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    return Factors(a, b, float(scale), transposed, magnitude, embedding)
 
 
 def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:

@@ -23,6 +23,8 @@ ITEMSIZE = {
 }  # fmt: skip
 """Bytes of one element, by the format's names of dtypes."""
 
+MOST_ELEMENTS, MOST_DIMENSIONS = 2**63 - 1, 64  # what torch and numpy can hold; empty dimensions do not excuse others
+
 FLOATING = ("F64", "F32", "F16", "BF16")
 """The dtypes that can be merged."""
 
@@ -106,11 +108,23 @@ def _tensor(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
         raise CheckpointError(f"{file}: the entry of tensor {name!r} is malformed; copy the file anew")
     if dtype not in ITEMSIZE:
         raise CheckpointError(f"{file}: tensor {name!r} has dtype {dtype!r}, which cannot be read; convert it first")
+    if len(shape) > MOST_DIMENSIONS or math.prod(n for n in shape if n) > MOST_ELEMENTS:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} of shape {_shown(shape)} is larger than a tensor can be; the file is malformed, "
+            "copy it anew"
+        )
     if end - begin != math.prod(shape) * ITEMSIZE[dtype]:
         raise CheckpointError(
-            f"{file}: tensor {name!r} of shape {list(shape)} and dtype {dtype} cannot have {end - begin} bytes"
+            f"{file}: tensor {name!r} of shape {_shown(shape)} and dtype {dtype} cannot have {end - begin} bytes; "
+            "the file is malformed, copy it anew"
         )
     return TensorInfo(name, dtype, shape, file, data_start + begin, data_start + end)
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    """A shape for a message; cut short where somebody made it long."""
+    text = str(list(shape))
+    return text if len(text) <= 80 else f"{text[:80]}...]"
 
 
 def _check_extents(file: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from graftkit.checkpoints import adapters, sources
+from graftkit.checkpoints import adapters, masked, sources
 from graftkit.errors import CheckpointError
 
 Source = sources.Checkpoint | adapters.Adapter
@@ -61,12 +61,25 @@ def _from_hub(name: str, patterns: list[str]) -> Path:
         raise CheckpointError(f"{name}: no such directory, and the hub does not give it either ({reason})") from error
 
 
-def open_source(directory: Path, *, allow_pickle: bool = False) -> Source:
-    """Opens a model directory: an adapter where it holds `adapter_config.json`, else a checkpoint."""
-    if (directory / adapters.CONFIG).is_file():
+def split_task(name: str, relative_to: Path) -> tuple[str, str]:
+    """`OUT#task`, a unified model seen through a task's mask, as its two parts; any other name and no task."""
+    model, mark, task = name.rpartition("#")
+    if not mark or any((parent / name).is_dir() for parent in (relative_to, Path())):
+        return name, ""
+    return model, task
+
+
+def open_source(directory: Path, *, task: str = "", allow_pickle: bool = False) -> Source:
+    """Opens a model directory: an adapter where it holds `adapter_config.json`, else a checkpoint or a `task` of one."""
+    try:
+        os.listdir(directory)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error.strerror})") from error
+    if (directory / adapters.CONFIG).is_file() and not task:
         return adapters.open_adapter(directory)
     if allow_pickle and not list(directory.glob("*.safetensors")) and sources.pickles(directory):
         from graftkit.checkpoints.pickles import converted
 
         directory = converted(directory, cache_directory())
-    return sources.open_checkpoint(directory)
+    whole = sources.open_checkpoint(directory)
+    return masked.open_masked(whole, task) if task else whole

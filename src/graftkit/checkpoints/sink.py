@@ -14,10 +14,12 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from graftkit.checkpoints.headers import ITEMSIZE, METADATA, encode_header
+from graftkit.checkpoints.rows import PART
 from graftkit.checkpoints.sources import INDEX
 from graftkit.errors import BusyError, OutputError
 
@@ -31,17 +33,20 @@ JOURNAL = "graft-journal.jsonl"
 class Sink:
     """An output in the making. Thread-safe: any thread may write any part of any tensor."""
 
-    def __init__(self, out: Path, layout: Layout, token: str, *, overwrite: bool = False) -> None:
+    def __init__(
+        self, out: Path, layout: Layout, token: str, *, overwrite: bool = False, beside: Layout = ()
+    ) -> None:
         """Prepares the directory, or takes up an interrupted run of the same plan (`token`).
 
+        `beside`: files of tensors that go with the weights' tensors of the same names, and into no index.
         Raises OutputError when the output exists, another process is writing it, or the disk has no room.
         """
-        self.out, self.layout, self.overwrite = out, layout, overwrite
+        self.out, self.layout, self.overwrite, self.beside = out, layout, overwrite, beside
         self.partial = out.parent / f".{out.name}.graft-partial"
         self.done: dict[str, Any] = {}
         self.notes: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._places: dict[str, tuple[int, int, int]] = {}  # name -> descriptor, offset, bytes of an element
+        self._places: dict[tuple[str, str], tuple[int, int, int]] = {}  # -> descriptor, offset, bytes of an element
         self._journal: Any = None
         self._check_free_name()
         try:
@@ -52,17 +57,21 @@ class Sink:
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
-                raise _full(out, error) from error
+                raise full(out, error) from error
             raise
 
     def _check_free_name(self) -> None:
         try:
             held = sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
-            strange = self.out.is_symlink() or (self.out.exists() and not self.out.is_dir())
+            link, strange = self.out.is_symlink(), self.out.exists() and not self.out.is_dir()
+            inside = Path.cwd().is_relative_to(self.out)
         except OSError as error:
-            raise _full(self.out, error) from error
-        if strange:
-            raise OutputError(f"{self.out}: exists and is not a directory; choose another name")
+            raise full(self.out, error) from error
+        if link or strange:
+            kind = "is a symbolic link" if link else "exists and is not a directory"
+            raise OutputError(f"{self.out}: {kind}; choose another name")
+        if inside:
+            raise OutputError(f"{self.out}: is where you are, and is replaced whole; name a new directory")
         if held and not self.overwrite:
             raise OutputError(
                 f"{self.out}: holds files already; choose another name, or pass --overwrite to replace it whole"
@@ -82,30 +91,33 @@ class Sink:
                 f"{self.out}: another process is writing it; wait for it, or choose another name"
             ) from error
         head = {"plan": token, "boot": boot_id()}
-        lines = _journal_lines(self.partial / JOURNAL)
+        lines = journal_lines(self.partial / JOURNAL)
         fresh = lines[:1] != [head]
         self._journal.truncate(0)
         for line in [head] if fresh else lines:  # written anew, so that a line cut short by a kill does not stay
             self._log(line)
         if not fresh:
             whole = self._tensors_of_whole_files()
-            self.done = {line["tensor"]: line["record"] for line in lines if line.get("tensor") in whole}
+            self.done = {line["tensor"]: line["record"] for line in lines if _tensor(line) in whole}
             self.notes = {line["note"]: line["value"] for line in lines if "note" in line}
         for path in self.partial.iterdir() if fresh else ():
-            if path.name != JOURNAL:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != JOURNAL:
                 path.unlink()
 
     def _tensors_of_whole_files(self) -> set[str]:
         """The tensors whose files are still there in full length: a journal is no proof of that."""
         found: set[str] = set()
-        for file, tensors in self.layout:
+        cut: set[str] = set()
+        for file, tensors in (*self.layout, *self.beside):
             path = self.partial / file
-            if path.is_file() and path.stat().st_size == _file_size(tensors):
-                found |= {name for name, _, _ in tensors}
-        return found
+            whole = path.is_file() and path.stat().st_size == _file_size(tensors)
+            (found if whole else cut).update(name for name, _, _ in tensors)
+        return found - cut
 
     def _check_room(self) -> None:
-        needed = MARGIN + sum(_data_size(tensors) for _, tensors in self.layout)
+        needed = MARGIN + sum(_data_size(tensors) for _, tensors in (*self.layout, *self.beside))
         held = sum(path.stat().st_blocks * 512 for path in self.partial.iterdir())
         free = shutil.disk_usage(self.partial).free
         if free + held < needed:
@@ -118,11 +130,13 @@ class Sink:
             )
 
     def _open_files(self) -> None:
-        for file, tensors in self.layout:
+        for file, tensors in (*self.layout, *self.beside):
             header, offsets = encode_header(list(tensors), METADATA)
+            (self.partial / file).parent.mkdir(exist_ok=True)
             descriptor = os.open(self.partial / file, os.O_RDWR | os.O_CREAT, 0o644)
             for name, dtype, _ in tensors:
-                self._places[name] = (descriptor, offsets[name], ITEMSIZE[dtype])
+                place = file if (file, tensors) in self.beside else ""
+                self._places[place, name] = (descriptor, offsets[name], ITEMSIZE[dtype])
             if not tensors:
                 os.close(descriptor)
                 continue
@@ -131,7 +145,11 @@ class Sink:
 
     def write(self, name: str, start: int, data: Any) -> None:
         """Puts bytes (any buffer) at element `start` of a tensor. Raises OutputError when the disk is full."""
-        descriptor, offset, size = self._places[name]
+        self.write_beside("", name, start, data)
+
+    def write_beside(self, file: str, name: str, start: int, data: Any) -> None:
+        """As `write`, for the tensor of that name in a file beside the weights."""
+        descriptor, offset, size = self._places[file, name]
         self._write_all(descriptor, memoryview(data).cast("B"), offset + start * size)
 
     def _write_all(self, descriptor: int, data: Any, position: int) -> None:
@@ -141,7 +159,7 @@ class Sink:
             while done < len(memory):
                 done += os.pwrite(descriptor, memory[done : done + (1 << 30)], position + done)
         except OSError as error:
-            raise _full(self.out, error) from error
+            raise full(self.out, error) from error
 
     def finish(self, name: str, record: Mapping[str, Any]) -> None:
         """Marks a tensor as complete, with what is to be remembered of it; a resumed run will not make it again."""
@@ -160,18 +178,19 @@ class Sink:
             self._journal.write(json.dumps(line) + "\n")
             self._journal.flush()
         except OSError as error:
-            raise _full(self.out, error) from error
+            raise full(self.out, error) from error
 
     def add_file(self, name: str, content: bytes) -> None:
         """Adds a small file beside the weights."""
         try:
             (self.partial / name).write_bytes(content)
         except OSError as error:
-            raise _full(self.out, error) from error
+            raise full(self.out, error) from error
 
     def complete(self) -> None:
         """Writes the index and gives the directory its final name; an old output is replaced whole where asked."""
-        missing = [name for name in self._places if name not in self.done]
+        made = {key.partition(PART)[0] for key in self.done}
+        missing = [name for _, name in self._places if name not in made]
         if missing:
             raise OutputError(
                 f"{self.out}: {len(missing)} tensors were never written, {missing[0]!r} first; this is a bug"
@@ -190,7 +209,7 @@ class Sink:
             if old.exists():
                 shutil.rmtree(old)
         except OSError as error:
-            raise _full(self.out, error) from error
+            raise full(self.out, error) from error
         self.close()
 
     def close(self) -> None:
@@ -199,7 +218,8 @@ class Sink:
             os.close(descriptor)
         self._places = {}
         if self._journal is not None:
-            self._journal.close()
+            with suppress(OSError):  # a full disk, which the write into the buffer has said already
+                self._journal.close()
 
 
 def _data_size(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
@@ -213,13 +233,18 @@ def _file_size(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> int:
     return len(header) + _data_size(tensors)
 
 
+def _tensor(line: Mapping[str, Any]) -> str:
+    """The tensor that a journal's line says is made, or a part of it."""
+    return str(line.get("tensor", "")).partition(PART)[0]
+
+
 def _index(layout: Layout) -> bytes:
     total = sum(_data_size(tensors) for _, tensors in layout)
     weight_map = {name: file for file, tensors in layout for name, _, _ in tensors}
     return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
 
 
-def _journal_lines(path: Path) -> list[dict[str, Any]]:
+def journal_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a journal; a line that a kill cut short, and all after it, do not count."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
@@ -241,7 +266,8 @@ def boot_id() -> str:
         return ""
 
 
-def _full(out: Path, error: OSError) -> OutputError:
+def full(out: Path, error: OSError) -> OutputError:
+    """The error for what the system says while an output is written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"{out}: the disk is full; free some room and run the same command again, it goes on where it stopped"

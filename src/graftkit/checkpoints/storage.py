@@ -14,17 +14,18 @@ from numba import njit
 
 JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 
+FULL, CARRY, SIGN = np.uint16(0x7F80), np.uint16(0x0080), np.uint16(0x8000)
+"""A bfloat16's exponent; what makes a full one carry; and where the carry shows."""
+
+HALF, MIDDLE = np.uint32(16), np.uint32(0x80000000)
+"""How far float32's bits lie above bfloat16's; and the lower ones of a number in the middle of two, shifted up."""
+
 STORAGE = {
     "F64": np.float64, "F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8,
     "BOOL": np.uint8,
 }  # fmt: skip
 """How the elements of a file's dtype lie in memory."""
-
-
-def compute_dtype(output: str) -> Any:
-    """The arithmetic for an output dtype: one precision above it, so that only the final cast rounds noticeably."""
-    return np.float32 if output in ("F16", "BF16") else np.float64
 
 
 def widen(raw: np.ndarray, dtype: str, out: np.ndarray) -> bool:
@@ -69,17 +70,31 @@ def finite(raw: np.ndarray, dtype: str) -> bool:
 def narrow(wide: np.ndarray, dtype: str, out: np.ndarray) -> np.ndarray:
     """Casts `wide` (float32 or float64) to a file's dtype in the head of `out` (uint8), to nearest, ties to even.
 
-    Returns the bytes written. A float64 goes to 16 bits through float32 only where the engine computed in float32.
+    Returns the bytes written. A float64 is rounded once on its way to 16 bits.
     """
     view = out[: wide.size * np.dtype(STORAGE[dtype]).itemsize]
     if dtype == "BF16":
-        narrow_bfloat16(wide.astype(np.float32, copy=False).view(np.uint32), view.view(np.uint16))
+        bits = wide.view(np.uint32) if wide.dtype == np.float32 else _bits_of_odd(wide)
+        narrow_bfloat16(bits, view.view(np.uint16))
     elif dtype == "F16":
         with np.errstate(over="ignore"):
             np.copyto(view.view(np.float16), wide, casting="same_kind")
     else:
         np.copyto(view.view(STORAGE[dtype]), wide, casting="same_kind")
     return view
+
+
+def _bits_of_odd(wide: np.ndarray) -> np.ndarray:
+    """Bits of float64 numbers as float32, rounded to odd: an inexact one ends in a 1 and lies nearer to zero.
+
+    Rounding that to 16 bits gives what one rounding of the float64 would; from the nearest float32 it would not.
+    """
+    with np.errstate(over="ignore"):
+        near = wide.astype(np.float32)
+    bits = near.view(np.uint32)
+    bits -= np.abs(near) > np.abs(wide)
+    bits |= bits.view(np.float32) != wide
+    return bits
 
 
 def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -114,9 +129,9 @@ def widen_bfloat16(bits: np.ndarray, out: np.ndarray) -> int:
     broken = np.uint16(0)
     for i in range(out.size):
         b = bits[i]
-        broken |= (b & np.uint16(0x7F80)) + np.uint16(0x0080)  # a full exponent carries into the sign's place
         out[i] = np.uint32(np.uint32(b) << np.uint32(16)).view(np.float32)
-    return broken & np.uint16(0x8000)
+        broken = np.uint16(broken | np.uint16(np.uint16(b & FULL) + CARRY))  # sums of uint16 are 64 bits wide otherwise
+    return broken & SIGN
 
 
 @njit(**JIT)
@@ -130,9 +145,9 @@ def _subtract_bfloat16(bits, base, out):  # type: ignore[no-untyped-def]
     broken = np.uint16(0)
     for i in range(out.size):
         b = bits[i]
-        broken |= (b & np.uint16(0x7F80)) + np.uint16(0x0080)
         out[i] = np.uint32(np.uint32(b) << np.uint32(16)).view(np.float32) - base[i]
-    return broken & np.uint16(0x8000)
+        broken = np.uint16(broken | np.uint16(np.uint16(b & FULL) + CARRY))
+    return broken & SIGN
 
 
 @njit(**JIT)
@@ -157,3 +172,32 @@ def narrow_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
     for i in range(out.size):
         u = bits[i]
         out[i] = np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@njit(**JIT)
+def shorten(wide: np.ndarray, out: np.ndarray) -> None:
+    """float64 to float32 so that rounding the result to bfloat16 equals rounding `wide` to bfloat16.
+
+    Rounding twice goes wrong only where the first lands in the middle between two bfloat16: there the result is moved
+    by one bit to the side on which `wide` lies.
+    """
+    for i in range(out.size):
+        out[i] = np.float32(wide[i])
+    bits, middles = out.view(np.uint32), np.uint32(0)
+    for i in range(out.size):
+        middles = np.uint32(middles | np.uint32(np.uint32(bits[i] << HALF) == MIDDLE))
+    if middles:
+        rest = np.empty(out.size, np.float32)
+        for i in range(out.size):
+            rest[i] = np.float32(wide[i] - np.float64(out[i]))
+        _leave_middles(bits, rest, rest.view(np.uint32))
+
+
+@njit(**JIT)
+def _leave_middles(bits, rest, rest_bits):  # type: ignore[no-untyped-def]
+    none, up, down = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
+    for i in range(bits.size):  # choices, not branches: they vectorise
+        step = up if np.uint32(np.uint32(bits[i] ^ rest_bits[i]) >> np.uint32(31)) == none else down
+        step = step if rest[i] != np.float32(0) else none
+        step = step if np.uint32(bits[i] << HALF) == MIDDLE else none
+        bits[i] = np.uint32(bits[i] + step)

@@ -6,13 +6,15 @@ traceback.
 
 from __future__ import annotations
 
+import errno
+import gc
 import os
 import sys
 
 import typer
 
 from graftkit import __version__
-from graftkit.cli import convert, demo, evaluate, explain, inspect, merge, methods, report
+from graftkit.cli import convert, demo, evaluate, explain, extract, inspect, merge, methods, report, soup
 from graftkit.errors import GraftError
 
 app = typer.Typer(
@@ -27,8 +29,10 @@ app.command("merge")(merge.merge)
 app.command("explain")(explain.explain)
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
+app.command("extract")(extract.extract)
 app.command("methods")(methods.methods)
 app.command("evaluate")(evaluate.evaluate)
+app.command("soup")(soup.soup)
 app.command("report")(report.report)
 
 
@@ -50,10 +54,16 @@ def _options(
 def main() -> None:
     """Runs the program."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's products: workers are the parallelism
+    gc.set_threshold(50_000)  # imports make many objects that stay; looking through them was a seventh of the start-up
     try:
         app()
     except GraftError as error:
         typer.echo(f"graft: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        typer.echo(f"graft: {error.filename or 'the output'}: the disk is full; free some room", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("graft: interrupted; what was finished is kept, the same command goes on from there", err=True)

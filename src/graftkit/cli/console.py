@@ -96,12 +96,15 @@ class Bar:
             DownloadColumn,
             MofNCompleteColumn,
             Progress,
+            TaskProgressColumn,
             TextColumn,
             TimeRemainingColumn,
             TransferSpeedColumn,
         )
 
-        amounts = [DownloadColumn(), TransferSpeedColumn()] if self.unit == "bytes" else [MofNCompleteColumn()]
+        amounts: list[Any] = [MofNCompleteColumn()] if self.unit != "work" else [TaskProgressColumn()]
+        if self.unit == "bytes":
+            amounts = [DownloadColumn(), TransferSpeedColumn()]
         columns = [TextColumn("{task.description}"), BarColumn(), *amounts, TimeRemainingColumn()]
         progress = Progress(*columns, console=Console(stderr=True), transient=True)
         progress.start()
@@ -115,7 +118,7 @@ class Bar:
 
 @contextmanager
 def progress(unit: str) -> Iterator[Bar]:
-    """A bar for `with`; `unit` is `bytes` or a thing that is counted."""
+    """A bar for `with`; `unit` is `bytes`, a thing that is counted, or `work` for what has no unit but a share."""
     bar = Bar(unit)
     try:
         yield bar

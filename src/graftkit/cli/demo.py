@@ -105,6 +105,7 @@ def _evaluate(orchard: Path, model: Path, out: Path, threads: int | None) -> Eva
         *(str(orchard / "adapters" / name) for name in ("math", "code")),
         *(str(out / method) for method in METHODS),
     ]
+    typer.echo(f"scoring {len(models)} models on {', '.join(TASKS)}: the longest part ...")
     with console.progress("answers") as bar:
         return evaluate(
             models, [orchard / "tasks" / f"{task}.yaml" for task in TASKS], base=models[0],

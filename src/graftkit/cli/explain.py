@@ -17,13 +17,20 @@ def explain(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickle checkpoints, with weights-only loading.")
     ] = False,
+    as_recipe: Annotated[
+        bool, typer.Option("--as-recipe", help="Print the recipe in full: mergekit's as ours, short forms written out.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Say what a merge would do, tensor by tensor, and refuse what it could not. Reads no weights."""
     from graftkit.cli import console
-    from graftkit.recipes.explain import summary
+    from graftkit.recipes.explain import as_yaml, summary
     from graftkit.recipes.plan import plan
+    from graftkit.recipes.recipe import load
 
+    if as_recipe:
+        written = load(recipe)
+        return console.print_json(written.to_dict()) if json else typer.echo(as_yaml(written), nl=False)
     made = plan(recipe, allow_pickle=allow_pickle)
     told = summary(made, tensors=tensors or json)
     console.print_json(told) if json else _print(made, told)
@@ -35,7 +42,7 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
     out = told["output"]
     typer.echo(f"plan {told['hash']}")
     typer.echo(
-        f"output: like {out['like']}, {count_of(out['parameters'])} parameters as {', '.join(out['dtypes'])}, "
+        f"output: {_form(out)}{count_of(out['parameters'])} parameters as {', '.join(out['dtypes'])}, "
         f"{size_of(out['bytes'])} in {out['files']} file{'s' * (out['files'] > 1)}"
     )
     typer.echo(
@@ -44,14 +51,22 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
     )
     for source in told["inputs"]:
         typer.echo(f"  {source['role']:6} {source['kind']:10} {source['source']}  ({source['directory']})")
+    if "gates" in told:
+        typer.echo("  gates  {kind}, one a {granularity}, {matrices} matrices  ({file})".format(**told["gates"]))
     for group in told["groups"]:
-        knobs = ", ".join(f"{key} {_shown(value)}" for key, value in group["knobs"].items())
+        knobs = _knobs(group["knobs"])
         typer.echo(
             f"{group['method'] or 'copied'}: {group['tensors']} tensors, "
-            f"{count_of(group['parameters'])} parameters ({group['where']})"
+            f"{count_of(group['parameters'])} parameters ({group['where']}){PATHS[group.get('factors', '')]}"
         )
+        for applied in group.get("prepare", []):
+            typer.echo(f"    after {applied['name']}: {_knobs(applied['knobs'])}")
         if knobs:
             typer.echo(f"    {knobs}")
+        for applied in group.get("finish", []):
+            typer.echo(f"    then {applied['name']}: {_knobs(applied['knobs'])}")
+    if "vocabulary" in told:
+        _print_vocabulary(told["vocabulary"])
     for note in told["notes"]:
         typer.echo(f"note: {note}")
     for step in told.get("tensors", []):
@@ -59,6 +74,43 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
             f"  {step['name']}  {step['shape']} {step['dtype']}  "
             f"{step['method'] or 'copied'}  from {', '.join(step['from'])}"
         )
+
+
+def _print_vocabulary(told: dict[str, Any]) -> None:
+    typer.echo(f"vocabulary: {told['source']}, {told['tokens']} tokens")
+    for tensor in told["tensors"]:
+        typer.echo(f"  {', '.join(tensor['names'])}: {tensor['rows']} rows")
+        for kind in tensor["kinds"]:
+            named = [token for token in kind["tokens"] if token is not None]
+            whose = f" ({', '.join(kind['models'])})" if kind["models"] else ""
+            shown = _some(named) if kind["kind"] != "merged" else ""
+            typer.echo(f"    {kind['kind']}{whose}: {len(kind['rows'])}{shown}")
+    for name, tokens in told["left_out"].items():
+        typer.echo(f"  left out of {name}: {len(tokens)}{_some(tokens)}")
+
+
+def _some(tokens: list[str]) -> str:
+    shown = ", ".join(repr(token) for token in tokens[:5])
+    return f" ({shown}{', ...' if len(tokens) > 5 else ''})" if tokens else ""
+
+
+PATHS = {
+    "": "",
+    "stack": ", from the adapters' factors",
+    "core": ", in the adapters' core",
+    "frame": ", in the adapters' outputs",
+    "rows": ", as factors of dense rows that go by",
+    "apart": ", each factor by itself, with all their cross terms",
+}
+"""How deltas become factors (`recipes/adapters.py`), in words."""
+
+
+def _form(out: dict[str, Any]) -> str:
+    return f"an adapter of {out['like']}, at most " if out["as"] == "adapter" else f"like {out['like']}, "
+
+
+def _knobs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_shown(value)}" for key, value in values.items())
 
 
 def _shown(value: Any) -> str:

@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from graftkit.measuring.inspection import Breakdown, Change, Facts, Inspection, Pair, Weights
+    from graftkit.measuring.subspaces import Subspaces
     from graftkit.measuring.table import Table
 
 MEASURES = {
@@ -41,16 +42,45 @@ def inspect(
 
     with console.progress("entries") as bar:
         found = measure(models, base, workers or os.cpu_count() or 1, bar, allow_pickle=allow_pickle)
+    shared = _shared(found)
     if json:
-        console.print_json(found.to_dict(tensors=tensors) | {"meaning": meaning(found)})
+        told = found.to_dict(tensors=tensors) | {"meaning": meaning(found)}
+        console.print_json(told | ({"subspaces": [pair.to_dict() for pair in shared]} if shared else {}))
         return
-    for table in _tables(found, tensors):
+    for table in (*_tables(found, tensors), *_directions(shared, tensors)):
         console.print_table(table)
     for line in filter(None, map(_adapter, found.models)):
         typer.echo(line)
     for note in found.notes:
         typer.echo(f"note: {note}")
     typer.echo(meaning(found))
+    for pair in shared:
+        typer.echo(pair.verdict)
+
+
+def _shared(found: Inspection) -> tuple[Subspaces, ...]:
+    """The directions that adapters share, where there are several and nothing else."""
+    if len(found.models) < 2 or any(facts.adapter is None for facts in found.models) or found.non_finite:
+        return ()
+    from graftkit.measuring.subspaces import subspaces
+
+    return subspaces([facts.directory for facts in found.models], [facts.name for facts in found.models])
+
+
+def _directions(shared: Sequence[Subspaces], tensors: bool) -> Iterator[Table]:
+    """The table of principal angles."""
+    from graftkit.measuring.table import Column, Table
+
+    rows: list[tuple[Any, ...]] = []
+    for pair in shared:
+        parts = dict(pair.modules if tensors else pair.roles) | ({"total": pair.total} if pair.total else {})
+        for part, o in parts.items():
+            shares = (o.columns, o.chance[0], o.rows, o.chance[1], *o.inside)
+            rows.append((" × ".join(pair.models), part, *(100 * value for value in shares), o.cosine))
+    names = ("columns", "by chance", "rows", "by chance", "first in second", "second in first")
+    columns = [Column("model"), Column("part"), *(Column(name, "%", None, 2) for name in names)]
+    if rows:
+        yield Table((*columns, Column("cosine", "", None, 4)), tuple(rows), "directions that adapters share")
 
 
 def meaning(found: Inspection) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect as python
+import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,32 +12,46 @@ import typer
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="A method; without it, all are listed.", show_default=False)
+        str | None,
+        typer.Argument(
+            help="A method, or prepare.NAME or finish.NAME; without it, all are listed.", show_default=False
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    pages: Annotated[
+        Path | None, typer.Option(help="Write the pages of docs/methods to this directory.", hidden=True)
+    ] = None,
 ) -> None:
-    """List the methods, or show one with its formula, knobs and source."""
+    """List the methods, or show one: when to use it, formula, knobs, cost, example, source."""
     from graftkit.cli import console
-    from graftkit.methods import get, names
+    from graftkit.cli.pages import entries, write
+    from graftkit.errors import RecipeError, unknown
 
-    chosen = [get(n) for n in ([name] if name else names())]
+    if pages:
+        typer.echo(f"{len(write(pages))} pages in {pages}")
+        return
+    every = entries()
+    if name and name not in every:
+        raise RecipeError(unknown("method", name, every))
+    chosen = {name: every[name]} if name else every
     if json:
-        console.print_json([_data(m) for m in chosen])
+        console.print_json([_data(*item) for item in chosen.items()])
     elif name:
-        _page(chosen[0])
+        _show(chosen[name])
     else:
-        width = max(len(m.name) for m in chosen)
-        for m in chosen:
-            typer.echo(f"{m.name:{width}}  {_first_line(m)}")
+        width = max(map(len, chosen))
+        for listed, method in chosen.items():
+            typer.echo(f"{listed:{width}}  {_first_line(method)}")
+        typer.echo("\ngraft methods NAME shows one with its formula, knobs and an example.")
 
 
 def _first_line(method: Any) -> str:
     return (python.getdoc(method.function) or "").partition("\n")[0]
 
 
-def _data(method: Any) -> dict[str, Any]:
+def _data(name: str, method: Any) -> dict[str, Any]:
     return {
-        "name": method.name,
+        "name": name,
         "about": python.getdoc(method.function),
         "source": method.source,
         "reads": list(method.reads),
@@ -46,11 +62,13 @@ def _data(method: Any) -> dict[str, Any]:
     }
 
 
-def _page(method: Any) -> None:
-    typer.echo(f"{method.name}\n\n{python.getdoc(method.function)}\n")
-    typer.echo(
-        f"Reads: {', '.join(method.reads)}. Base: {'needed' if method.needs_base else 'not needed'}. "
-        f"Grain: {method.grain}."
-    )
-    for knob in method.knobs.values():
-        typer.echo(f"  {knob.name} = {knob.default}    {knob.describe}")
+def _show(method: Any) -> None:
+    from graftkit.cli.pages import page
+
+    if not sys.stdout.isatty():
+        typer.echo(page(method), nl=False)
+        return
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console().print(Markdown(page(method)))

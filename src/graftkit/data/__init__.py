@@ -1,5 +1,6 @@
 """Examples: the formats they come in and how they are loaded."""
 
-from graftkit.data.tasks import Item, Task, load_task
+from graftkit.data.records import Item
+from graftkit.data.tasks import Generation, Task, load_task, load_tasks
 
-__all__ = ["Item", "Task", "load_task"]
+__all__ = ["Generation", "Item", "Task", "load_task", "load_tasks"]

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,15 +20,23 @@ import numpy as np
 
 from graftkit import methods
 from graftkit.checkpoints import storage
+from graftkit.checkpoints.adapter_sink import AdapterSink
+from graftkit.checkpoints.masked import FOLDER, INDEX
 from graftkit.checkpoints.sink import Sink
 from graftkit.errors import BusyError, CheckpointError, GraftError, OutputError, PlanError
-from graftkit.execution import record, reductions
-from graftkit.execution.apply import Tally, apply, cast
+from graftkit.execution import adapter_files, adapters, coefficients, gating, masking, record, reductions
+from graftkit.execution.aligning import places
+from graftkit.execution.apply import apply, refusing
+from graftkit.execution.blending import blend_of
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
+from graftkit.execution.casting import Tally, cast
+from graftkit.execution.finishing import Block, Merged, finished
+from graftkit.execution.preparing import opened
 from graftkit.execution.reductions import Threshold
 from graftkit.recipes import inputs
-from graftkit.recipes.plan import Plan, Step, plan
+from graftkit.recipes.plan import Plan, plan
 from graftkit.recipes.recipe import Recipe
+from graftkit.recipes.steps import Step
 
 RESIDENT = 300 << 20  # bytes that the interpreter, numpy and the compiled code occupy, measured, rounded up
 TORCH = 350 << 20  # and torch, where a method needs it
@@ -94,9 +103,8 @@ def execute(
     out = Path(os.path.abspath(out))
     _check_apart(planned, out)
     count = _allowed_workers(planned, workers or os.cpu_count() or 1, memory)
-    layout = [(shard.file, [(s.name, s.dtype, s.shape) for s in shard.steps]) for shard in planned.shards]
     state = inputs.signature(planned.sources)
-    sink = Sink(out, layout, f"{planned.hash} {state}", overwrite=overwrite)
+    sink = _open_sink(planned, out, f"{planned.hash} {state}", overwrite)
     job = Job(planned, sink, count, device, progress)
     machine: dict[str, Any] = {"workers": workers, "memory": memory, "device": device, "progress": progress}
     try:
@@ -105,8 +113,15 @@ def execute(
         return _run(job, state)
     finally:
         sink.close()
-        for named in planned.sources:
-            named.source.close()
+        for held in (*(named.source for named in planned.sources), *([planned.gates] if planned.gates else [])):
+            held.close()
+
+
+def _open_sink(planned: Plan, out: Path, token: str, overwrite: bool) -> Sink:
+    if planned.recipe.output.as_ == "adapter":
+        return AdapterSink(out, planned.steps[0].dtype, token, overwrite=overwrite)
+    layout = [(shard.file, shard.layout) for shard in planned.shards]
+    return Sink(out, layout, token, overwrite=overwrite, beside=masking.files(planned))
 
 
 def _make_nested(named: inputs.Named, machine: dict[str, Any]) -> None:
@@ -128,11 +143,18 @@ def _in_cache(named: inputs.Named) -> bool:
 
 def _run(job: Job, state: str) -> dict[str, Any]:
     started, resumed = time.perf_counter(), len(job.sink.done)
+    found = _coefficients(job)
+    job.plan = coefficients.resolved(job.plan, found)
     stages = [_stage(job, name) for name in job.plan.stages]
     seconds = time.perf_counter() - started
     made = record.build(job.plan, job.sink.done, stages, seconds, resumed, job.workers, job.device)
+    made |= {"coefficients": found} if found else {}
     for name, content in record.side_files(job.plan, made).items():
         job.sink.add_file(name, content)
+    if masking.masked_steps(job.plan):
+        job.sink.add_file(f"{FOLDER}/{INDEX}", masking.index(job.plan, job.sink.done))
+    if isinstance(job.sink, AdapterSink):
+        adapter_files.assemble(job.plan, job.sink)
     if inputs.signature(job.plan.sources) != state:
         raise CheckpointError(f"{job.sink.out}: an input was written to while it was merged; run the command again")
     job.sink.complete()
@@ -143,6 +165,7 @@ def _check_apart(planned: Plan, out: Path) -> None:
     """Refuses an output whose writing would remove one of its inputs, those of nested recipes included."""
     kept = [*inputs.files_of(planned.sources), *(named.source.directory.resolve() for named in planned.sources)]
     kept.append(planned.recipe.directory.resolve() / "recipe.yaml")
+    kept += [planned.gates.file.resolve()] if planned.gates else []
     for path in kept:
         if out.resolve() in (path, *path.parents):
             raise OutputError(f"{out}: holds {path.name!r}, an input of this merge; choose another name")
@@ -184,23 +207,42 @@ def _stage(job: Job, name: str) -> dict[str, Any]:
     }
 
 
+def _coefficients(job: Job) -> coefficients.Found:
+    """The numbers of all rules such as `{from: metagpt}`, from norms that take a pass over what they measure."""
+    steps, note = coefficients.users(job.plan.steps), "coefficients"
+    if steps and note not in job.sink.notes:
+        job.done_bytes, total, sums = 0, sum(job.plan.input_bytes(step) for step in steps), {}
+
+        def run(step: Step) -> None:
+            sums[step.key] = coefficients.squares(step, job.plan.sources, job.space)
+            job.advance("statistics", job.plan.input_bytes(step), total)
+
+        _on_workers(job, run, steps)
+        job.sink.note(note, coefficients.found(steps, sums, len(job.plan.recipe.models)))
+    return job.sink.notes[note] if steps else {}
+
+
 def _statistics(job: Job) -> int:
-    """The stage of model-scope thresholds: two passes over the steps of each group."""
+    """The stage of model-scope thresholds: two passes over the steps of each group, preparations first."""
     steps = 0
-    for group, members in reductions.groups_of(job.plan.steps).items():
-        key = f"threshold {group}"
+    for group in reductions.groups_of(job.plan.steps):
+        key = f"threshold {group.name}"
         if key not in job.sink.notes:
-            total = 2 * sum(job.plan.input_bytes(step) for step in members)
+            total = 2 * sum(job.plan.input_bytes(step) for step in group.steps)
             made = reductions.select(
-                members, reductions.densities(members[0]), job.plan.sources, job.space, _spreader(job, total)
+                group.steps, group.density, _opening(job, group.level), job.space, _spreader(job, total)
             )
             job.sink.note(key, {"values": made.values.view(np.uint32).tolist(), "density": list(made.density)})
         noted = job.sink.notes[key]
-        job.thresholds[group] = Threshold(
+        job.thresholds[group.name] = Threshold(
             np.array(noted["values"], np.uint32).view(np.float32), tuple(noted["density"])
         )
-        steps += len(members)
+        steps += len(group.steps)
     return steps
+
+
+def _opening(job: Job, level: int | None) -> reductions.Open:
+    return lambda step, space: opened(step, job.plan.sources, space, job.thresholds, level)[0]
 
 
 def _spreader(job: Job, total: int) -> reductions.Spread:
@@ -224,15 +266,28 @@ def _spreader(job: Job, total: int) -> reductions.Spread:
 
 def _merge(job: Job) -> int:
     """The stage that writes: every step that an interrupted run has not finished."""
-    steps = [step for step in job.plan.steps if step.name not in job.sink.done]
+    steps = [step for step in job.plan.steps if step.key not in job.sink.done]
     total = sum(job.plan.input_bytes(step) for step in steps)
 
     def run(step: Step) -> None:
-        job.sink.finish(step.name, _merge_step(job, step) if step.method else _copy_step(job, step))
+        job.sink.finish(step.key, _made(job, step))
         job.advance("merge", job.plan.input_bytes(step), total)
 
     _on_workers(job, run, steps)
     return len(steps)
+
+
+def _made(job: Job, step: Step) -> dict[str, Any]:
+    """Computes and writes one tensor, or the factors of its delta; returns its line of the record."""
+    if not step.method:
+        return _copy_step(job, step)
+    if not isinstance(job.sink, AdapterSink):
+        return _merge_step(job, step)
+    if step.form and step.form.path != "rows":
+        return adapters.from_factors(job.plan, job.sink, step, job.device, job.space)
+    if not step.form:
+        adapters.begin_whole(job.sink, step)
+    return _merge_step(job, step)
 
 
 def _on_workers(job: Job, run: Callable[[Step], None], steps: Sequence[Step]) -> None:
@@ -261,17 +316,51 @@ def _on_workers(job: Job, run: Callable[[Step], None], steps: Sequence[Step]) ->
 def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     """Computes and writes one tensor; returns its line of the record."""
     method, space = methods.get(step.method), job.space
-    statistics, notes = reductions.statistics_of(method, step, job.plan.sources, space, job.thresholds.get(step.group))
-    reader, tally = Reader(step, job.plan.sources, space), Tally()
+    reader, prepared = opened(step, job.plan.sources, space, job.thresholds)
+    statistics, notes = reductions.statistics_of(method, step.knobs, reader, job.thresholds.get(step.group))
+    statistics |= gating.read(method, step, job.plan.gates)
+    tally, blend = Tally(), None
+    if method.factors and job.device == "cpu":
+        factors = refusing(method, lambda: method.factors_of(statistics, step.knobs, len(step.models)))
+        statistics, blend = {**statistics, "factors": factors}, blend_of(method, factors, reader)
+    merged = finished(partial(_merged, job, reader, statistics), reader, job.device)
+    marked = masking.Marked(merged, reader, job.plan.sources, job.sink) if method.masks else None
+    if step.form and isinstance(job.sink, AdapterSink):
+        return {**adapters.from_rows(job.plan, job.sink, step, _stoppable(job, merged)), **notes}
     for start, stop in cuts(step):
         if job.stop.is_set():
             raise _Stopped
-        given = inputs_of(method, reader, start, stop, statistics)
-        result = apply(method, given, step.knobs, block_shape(step, start, stop), job.device, space)
-        is_delta = method.returns_delta and given["base"] is not None
-        raw = cast(result, given["base"], is_delta, step.dtype, tally, space, f"tensor {step.name!r}")
-        job.sink.write(step.name, start, raw)
-    return {"method": step.method, **tally.record(step.elements), **notes}
+        raw = blend.block(start, stop, tally) if blend else _block(job, step, marked or merged, start, stop, tally)
+        for place, first, last in places(step, start, stop):
+            job.sink.write(step.name, place, raw[first:last])
+    around = {"prepare": prepared, "finish": [applied.name for applied in step.finish]}
+    around |= marked.record() if marked else {}
+    return {"method": step.method, **{k: v for k, v in around.items() if v}, **tally.record(step.elements), **notes}
+
+
+def _stoppable(job: Job, merged: Merged) -> Merged:
+    """The same blocks, until another worker fails."""
+
+    def block(start: int, stop: int) -> Block:
+        if job.stop.is_set():
+            raise _Stopped
+        return merged(start, stop)
+
+    return block
+
+
+def _merged(job: Job, reader: Reader, statistics: dict[str, Any], start: int, stop: int) -> Block:
+    """The method's result for elements `[start, stop)` of a tensor."""
+    step, method = reader.step, methods.get(reader.step.method)
+    given = inputs_of(method, reader, start, stop, statistics)
+    result = apply(method, given, step.knobs, block_shape(step, start, stop), job.device, job.space)
+    return result, given["base"], method.returns_delta and given["base"] is not None
+
+
+def _block(job: Job, step: Step, merged: Merged, start: int, stop: int, tally: Tally) -> np.ndarray:
+    """The bytes of elements `[start, stop)` of a tensor."""
+    result, base, is_delta = merged(start, stop)
+    return cast(result, base, is_delta, step.dtype, tally, job.space, f"tensor {step.name!r}")
 
 
 def _copy_step(job: Job, step: Step) -> dict[str, Any]:
@@ -290,10 +379,11 @@ def _copy_step(job: Job, step: Step) -> dict[str, Any]:
                     f"{twin.label}: {step.name!r} ({dtype}) differs from {feed.label}'s, and integers are not merged"
                 )
         if dtype != step.dtype:
-            wide = space.take("base", stop - start, storage.compute_dtype(step.dtype))
+            wide = space.take("base", stop - start, storage.STORAGE[step.compute])
             feed.numbers(start, stop, space.take("raw", (stop - start) * 8, np.uint8), wide)
             raw = cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}")
-        job.sink.write(step.name, start, raw)
+        for place, first, last in places(step, start, stop):
+            job.sink.write(step.name, place, raw[first:last])
     return {"method": "", **tally.record(step.elements)}
 
 

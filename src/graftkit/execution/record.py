@@ -15,7 +15,10 @@ import graftkit
 from graftkit.checkpoints.headers import DTYPE_NAMES
 from graftkit.checkpoints.sources import read_json
 from graftkit.errors import CheckpointError
+from graftkit.recipes import chat_templates, configuration, words
+from graftkit.recipes.gates import told
 from graftkit.recipes.plan import Plan
+from graftkit.recipes.vocabulary import Vocabulary, translation
 
 FILE = "graft.json"
 TAKEN = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
@@ -64,6 +67,7 @@ def build(
             for n in plan.sources
         ],
         "like": plan.sources[plan.like].name,
+        **({"gates": told(plan.gates)} if plan.gates else {}),
         "notes": list(plan.notes),
         "versions": versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},
@@ -75,7 +79,16 @@ def build(
             "peak_memory_bytes": peak_memory(),
             "stages": list(stages),
         },
-        "tensors": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape), **done[s.name]} for s in plan.steps],
+        "tensors": [
+            {
+                "name": s.name,
+                "dtype": s.dtype,
+                "shape": list(s.shape),
+                **({"part": s.part} if s.part else {}),
+                **done[s.key],
+            }
+            for s in plan.steps
+        ],
     }
 
 
@@ -101,6 +114,8 @@ def peak_memory() -> int:
 
 def side_files(plan: Plan, made: Mapping[str, Any]) -> dict[str, bytes]:
     """Everything beside the weights, by name."""
+    if plan.recipe.output.as_ == "adapter":
+        return _told(plan, made, "peft")
     directory = plan.sources[plan.like].source.directory
     try:
         taken = {
@@ -109,16 +124,53 @@ def side_files(plan: Plan, made: Mapping[str, Any]) -> dict[str, bytes]:
             if path.suffix in TAKEN and path.name not in LEFT and path.is_file() and path.stat().st_size <= LARGEST
         }
     except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read any more ({error.strerror})") from error
-    if "config.json" in taken and plan.recipe.output.dtype:
-        taken["config.json"] = _with_dtype(read_json(directory / "config.json"), plan.recipe.output.dtype)
-    taken["README.md"] = card(plan, made).encode()
-    taken[FILE] = (json.dumps(made, indent=1, ensure_ascii=False) + "\n").encode()
-    return taken
+        raise CheckpointError(f"{error.filename or directory}: cannot be read any more ({error.strerror})") from error
+    if "config.json" in taken and (plan.config or plan.recipe.output.dtype):
+        config = dict(plan.config or read_json(directory / "config.json"))
+        taken["config.json"] = _with_dtype(config, plan.recipe.output.dtype)
+    if plan.vocabulary:
+        taken = _with_vocabulary(plan, plan.vocabulary, taken)
+    return taken | _chat_template(plan, taken) | _told(plan, made)
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
+def _chat_template(plan: Plan, taken: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The chat template that the recipe asks for, in a file of its own, and no longer in the tokenizer's config."""
+    wanted = plan.recipe.output.chat_template
+    checkpoints = [named.source.directory for named in plan.sources if named.kind == "checkpoint"]
+    text = chat_templates.text_of(wanted, checkpoints) if wanted else ""
+    if not text:
+        return {}
+    config = json.loads(taken.get(chat_templates.CONFIG, b"{}"))
+    config.pop("chat_template", None)
+    told = {chat_templates.CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()} if config else {}
+    return {chat_templates.FILE: text.encode(), **told}
+
+
+def _told(plan: Plan, made: Mapping[str, Any], library: str = "transformers") -> dict[str, bytes]:
+    """The model card and the record."""
+    told = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    return {"README.md": card(plan, made, library).encode(), FILE: told.encode()}
+
+
+def _with_vocabulary(plan: Plan, vocabulary: Vocabulary, taken: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tokenizer's files are those of the chosen vocabulary; generation settings name its special tokens."""
+    named = plan.sources[vocabulary.source]
+    translate = translation(vocabulary, plan.like, plan.sources)
+    kept = {name: content for name, content in taken.items() if name not in words.FILES}
+    if "generation_config.json" in kept and translate:
+        own, other = (
+            read_json(plan.sources[k].source.directory / "generation_config.json", missing={})
+            for k in (plan.like, vocabulary.source)
+        )
+        changed = {key: configuration.special(key, value, other, translate) for key, value in own.items()}
+        kept["generation_config.json"] = (json.dumps(changed, indent=2) + "\n").encode()
+    return {**kept, **words.write(named.source.directory, vocabulary.words, named.label)}
+
+
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> bytes:
     """A config that names the output's dtype, under the key that it uses (old: `torch_dtype`), nested ones too."""
+    if dtype is None:
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     assert dtype in DTYPE_NAMES
 
     def changed(part: dict[str, Any], top: bool) -> dict[str, Any]:
@@ -131,7 +183,7 @@ def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
     return (json.dumps(changed(config, True), indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def card(plan: Plan, made: Mapping[str, Any]) -> str:
+def card(plan: Plan, made: Mapping[str, Any], library: str = "transformers") -> str:
     """The model card: what was merged, how, and the recipe that makes it again."""
     models = "\n".join(f"- {n.role}: `{n.name}` ({n.kind}, content {n.fingerprint[:12]})" for n in plan.sources)
     base = [
@@ -139,7 +191,7 @@ def card(plan: Plan, made: Mapping[str, Any]) -> str:
         for n in plan.sources
         if n.kind == "checkpoint" and not n.name.startswith((".", "/")) and n.name.count("/") == 1
     ]
-    front = "---\nlibrary_name: transformers\ntags:\n- merge\n- graftkit\n"
+    front = f"---\nlibrary_name: {library}\ntags:\n- merge\n- graftkit\n"
     front += "base_model:\n" + "".join(f"- {name}\n" for name in base) if base else ""
     return (
         f"{front}---\n# A merge by {plan.recipe.method}\n\nMade by graftkit {graftkit.__version__} from\n\n{models}\n\n"

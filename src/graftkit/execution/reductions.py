@@ -10,6 +10,7 @@ neither the sample nor the order of workers changes the result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,14 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from graftkit.execution.blocks import Reader, Workspace, cuts
+from graftkit.execution import signals
+from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of
 from graftkit.methods import Method
 from graftkit.methods.parts import band_ranks, deviation, kept_count
-from graftkit.recipes.inputs import Named
-from graftkit.recipes.plan import Step
+from graftkit.recipes.steps import Step
 
 BINS = 1 << 16
+MAGNITUDE = np.uint32(0x7FFFFFFF)  # a float32's bits without its sign
 SAMPLE = 4  # blocks that place the window
 PART = 64  # entries that are looked at together for one in the window
 
@@ -37,44 +39,52 @@ class Threshold:
 
 
 def statistics_of(
-    method: Method, step: Step, sources: tuple[Named, ...], space: Workspace, known: Threshold | None
-) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    method: Method, knobs: Mapping[str, Any], reader: Reader, known: Threshold | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a method reads beside blocks, and what the record should say of it; `known` is from a stage before."""
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, Any] = {}
     notes: dict[str, Any] = {}
     if "threshold" in method.statistics:
-        threshold = known or select([step], densities(step), sources, space)
+        shares = densities(knobs, len(reader.models))
+        threshold = known or select([reader.step], shares, lambda *_: reader, reader.space)
         found["threshold"] = threshold.values
         notes["density"] = list(threshold.density)
     if "norms" in method.statistics or "dots" in method.statistics:
-        dots = inner_products(step, sources, space, "deltas" in method.reads)
+        dots = inner_products(reader, "deltas" in method.reads)
         found |= {"dots": dots, "norms": np.sqrt(np.diagonal(dots))}
-    for name, make in (("band", band), ("overlap", overlap), ("variation", variation)):
-        if name in method.statistics:
-            found[name] = make(step, sources, space)
+    if "band" in method.statistics:
+        found["band"], notes["density"] = band(reader, knobs)
+    if "overlap" in method.statistics:
+        found["overlap"] = overlap(reader, knobs)
+    if "variation" in method.statistics:
+        found["variation"], notes["select_topk"] = variation(reader, knobs)
     if "energies" in method.statistics:
-        found["energies"] = energies(step, sources, space, found["variation"])
+        found["energies"] = energies(reader, found["variation"])
+    if "retained" in method.statistics:
+        found["retained"] = retained(method, knobs, reader, found)
+    more, told = signals.measured(method, knobs, reader)
+    found, notes = found | more, notes | told
     return found, notes
 
 
-def densities(step: Step, knob: str = "density") -> tuple[float, ...]:
+def densities(knobs: Mapping[str, Any], models: int, knob: str = "density") -> tuple[float, ...]:
     """A share that is a knob, one value per model."""
-    return tuple(np.broadcast_to(step.knobs[knob], len(step.models)).tolist())
+    return tuple(np.broadcast_to(knobs[knob], models).tolist())
+
+
+Open = Callable[[Step, Workspace], Reader]
+"""Opens the inputs of a step, with the preparations that come before the statistic."""
 
 
 Spread = Callable[[Callable[[Step, Workspace], np.ndarray], Sequence[Step]], Iterable[np.ndarray]]
 """Runs a function on every step, on any number of workers, and yields its results."""
 
 Read = Callable[[Reader, int, int], np.ndarray]
-"""Reads elements as bit patterns of non-negative float32 numbers, uint32 [rows, n]."""
+"""Reads elements as bit patterns of float32 numbers, uint32 [rows, n]; their signs do not count."""
 
 
 def select(
-    steps: Sequence[Step],
-    density: Sequence[float],
-    sources: tuple[Named, ...],
-    space: Workspace,
-    spread: Spread | None = None,
+    steps: Sequence[Step], density: Sequence[float], opening: Open, space: Workspace, spread: Spread | None = None
 ) -> Threshold:
     """The exact threshold of each model over all `steps` together."""
     elements = sum(step.elements for step in steps)
@@ -83,47 +93,49 @@ def select(
     bits, kept = np.zeros(len(wanted), np.uint32), np.zeros(len(wanted), np.int64)
     if open_models.any():
         target = np.clip(wanted, 1, max(elements - 1, 1))
-        found = _select_by_window(steps[0], target, sources, space) if spread is None and len(steps) == 1 else None
-        bits, kept = found or _select_by_radix(steps, target, sources, space, spread)
+        alone = spread is None and len(steps) == 1
+        found = _select_by_window(opening(steps[0], space), target) if alone else None
+        bits, _, kept = found or _select_by_radix(steps, target, opening, space, spread)
     edge = np.where(wanted == 0, np.float32(np.inf), np.float32(0))
     values = np.where(open_models, bits.view(np.float32), edge).astype(np.float32)
     shares = np.where(open_models, kept / max(elements, 1), (wanted > 0).astype(np.float64))
     return Threshold(values, tuple(shares.tolist()))
 
 
+Selected = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Per row of what was read: bit pattern of the k-th value, how many are above it, how many at or above it."""
+
+
 def _select_by_radix(
     steps: Sequence[Step],
     wanted: np.ndarray,
-    sources: tuple[Named, ...],
+    opening: Open,
     space: Workspace,
-    spread: Spread | None,
+    spread: Spread | None = None,
     read: Read = Reader.read_patterns,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bit pattern of the k-th value, and how many are at or above it, per row of what is read; two passes."""
+) -> Selected:
+    """The k-th value of each row of what is read; two passes."""
     run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
     zeros = np.zeros((len(wanted), BINS), np.int64)
-    high = sum(run(lambda step, scratch: _count(step, sources, scratch, zeros, None, read), steps), zeros)
+    high = sum(run(lambda step, scratch: _count(opening(step, scratch), zeros, None, read), steps), zeros)
     bins, above = _locate(high, wanted)
-    low = sum(run(lambda step, scratch: _count(step, sources, scratch, zeros, bins, read), steps), zeros)
+    low = sum(run(lambda step, scratch: _count(opening(step, scratch), zeros, bins, read), steps), zeros)
     rest, over = _locate(low, wanted - above)
     bits = (bins.astype(np.uint32) << np.uint32(16)) | rest.astype(np.uint32)
-    return bits, above + over + low[np.arange(len(wanted)), rest]
+    return bits, above + over, above + over + low[np.arange(len(wanted)), rest]
 
 
-def _select_by_window(
-    step: Step, wanted: np.ndarray, sources: tuple[Named, ...], space: Workspace
-) -> tuple[np.ndarray, np.ndarray] | None:
+def _select_by_window(reader: Reader, wanted: np.ndarray) -> Selected | None:
     """As `_select_by_radix` for one tensor, in one pass; None where it is small, or where the window missed."""
-    blocks = list(cuts(step))
+    blocks = list(cuts(reader.step))
     if len(blocks) < 2 * SAMPLE:
         return None
-    reader = Reader(step, sources, space)
     chosen = [blocks[k * (len(blocks) - 2) // (SAMPLE - 1)] for k in range(SAMPLE)]  # all but the last block are full
     size = chosen[0][1] - chosen[0][0]
-    patterns = space.stack("sample", len(wanted), SAMPLE * size, np.uint32)
+    patterns = reader.space.stack("sample", len(wanted), SAMPLE * size, np.uint32)
     for k, block in enumerate(chosen):
-        patterns[:, k * size : (k + 1) * size] = reader.read_patterns(*block)
-    places = np.clip(wanted * patterns.shape[1] // step.elements, 1, patterns.shape[1])
+        patterns[:, k * size : (k + 1) * size] = reader.read_patterns(*block) & MAGNITUDE
+    places = np.clip(wanted * patterns.shape[1] // reader.step.elements, 1, patterns.shape[1])
     for row, k in zip(patterns, places, strict=True):
         row.partition(row.size - k)
     middle = np.array([row[row.size - k] for row, k in zip(patterns, places, strict=True)], np.int64)
@@ -135,16 +147,13 @@ def _select_by_window(
     if (above >= wanted).any() or (above + counts.sum(axis=1) < wanted).any():
         return None
     place, over = _locate(counts, wanted - above)
-    return first + place.astype(np.uint32), above + over + counts[np.arange(len(wanted)), place]
+    return first + place.astype(np.uint32), above + over, above + over + counts[np.arange(len(wanted)), place]
 
 
-def _count(
-    step: Step, sources: tuple[Named, ...], space: Workspace, zeros: np.ndarray, bins: np.ndarray | None, read: Read
-) -> np.ndarray:
+def _count(reader: Reader, zeros: np.ndarray, bins: np.ndarray | None, read: Read) -> np.ndarray:
     """Counts of the patterns' upper 16 bits, or of the lower 16 within the given bins; [rows, 65536], as `zeros`."""
     counts = zeros.copy()
-    reader = Reader(step, sources, space)
-    for start, stop in cuts(step):
+    for start, stop in cuts(reader.step):
         for k, row in enumerate(read(reader, start, stop)):
             if bins is None:
                 _count_upper(row, counts[k])
@@ -162,46 +171,51 @@ def _locate(counts: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndar
     return BINS - 1 - places, above
 
 
-def band(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
-    """Smallest and largest magnitude that breadcrumbs keep, float32 [2, models]."""
-    shares = zip(densities(step), densities(step, "outliers"), strict=True)
-    ranks = np.array([band_ranks(*pair, step.elements) for pair in shares], np.int64).T
-    return np.stack([_of_rank(step, wanted, sources, space) for wanted in ranks])
+def band(reader: Reader, knobs: Mapping[str, Any]) -> tuple[np.ndarray, list[float]]:
+    """Smallest and largest magnitude that breadcrumbs keep, float32 [2, models], and the share that this keeps."""
+    models = len(reader.models)
+    shares = zip(densities(knobs, models), densities(knobs, models, "outliers"), strict=True)
+    ranks = np.array([band_ranks(*pair, reader.step.elements) for pair in shares], np.int64).T
+    (lower, _, reached), (upper, removed, _) = (_of_rank(reader, wanted) for wanted in ranks)
+    return np.stack([lower, upper]), ((reached - removed) / max(reader.step.elements, 1)).tolist()
 
 
-def _of_rank(step: Step, wanted: np.ndarray, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
-    """Per model the magnitude of a rank, counted from 1 at the largest; infinity for rank 0."""
-    found = np.full(len(wanted), np.inf, np.float32)
+def _of_rank(reader: Reader, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per model the magnitude of a rank, counted from 1 at the largest, how many are above and how many reach it.
+
+    Rank 0 is infinity, which none reaches.
+    """
+    found, above, reached = np.full(len(wanted), np.inf, np.float32), np.zeros_like(wanted), np.zeros_like(wanted)
     if wanted.any():
         target = np.maximum(wanted, 1)
-        made = _select_by_window(step, target, sources, space)
-        bits, _ = made or _select_by_radix([step], target, sources, space, None)
+        made = _select_by_window(reader, target)
+        bits, *counts = made or _select_by_radix([reader.step], target, lambda *_: reader, reader.space)
         found = np.where(wanted > 0, bits.view(np.float32), found)
-    return found
+        above, reached = (np.where(wanted > 0, count, 0) for count in counts)
+    return found, above, reached
 
 
-def overlap(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
+def overlap(reader: Reader, knobs: Mapping[str, Any]) -> np.ndarray:
     """Per model how many of its changed entries others change too, over how many it changes alone; float64 [models]."""
-    shared, alone = np.zeros(len(step.models), np.int64), np.zeros(len(step.models), np.int64)
-    reader = Reader(step, sources, space)
-    for start, stop in cuts(step):
-        changed = np.abs(reader.read_deltas(start, stop, reader.read_base(start, stop))) > step.knobs["epsilon"]
+    shared, alone = np.zeros(len(reader.models), np.int64), np.zeros(len(reader.models), np.int64)
+    for start, stop in cuts(reader.step):
+        changed = np.abs(reader.read_deltas(start, stop, reader.read_base(start, stop))) > knobs["epsilon"]
         several = changed.sum(axis=0) > 1
         shared += (changed & several).sum(axis=1)
         alone += (changed & ~several).sum(axis=1)
     return shared / np.maximum(alone, 1)  # type: ignore[no-any-return]
 
 
-def variation(step: Step, sources: tuple[Named, ...], space: Workspace) -> np.ndarray:
-    """The deviation over models at or above which a share of the positions lies whose deviation is not 0; [1]."""
-    if step.knobs["select_topk"] >= 1:
-        return np.zeros(1, np.float32)
-    reader = Reader(step, sources, space)
-    varied = sum(int(np.count_nonzero(_deviations(reader, start, stop))) for start, stop in cuts(step))
-    wanted = np.array([kept_count(step.knobs["select_topk"], varied)], np.int64)
+def variation(reader: Reader, knobs: Mapping[str, Any]) -> tuple[np.ndarray, float]:
+    """The deviation at or above which a share of the positions with any deviation lies, [1]; and that share."""
+    if knobs["select_topk"] >= 1:
+        return np.zeros(1, np.float32), 1.0
+    varied = sum(int(np.count_nonzero(_deviations(reader, start, stop))) for start, stop in cuts(reader.step))
+    wanted = np.array([kept_count(knobs["select_topk"], varied)], np.int64)
     if not wanted.any():
-        return np.full(1, np.inf, np.float32)
-    return _select_by_radix([step], wanted, sources, space, None, _deviations)[0].view(np.float32)
+        return np.full(1, np.inf, np.float32), 0.0
+    bits, _, reached = _select_by_radix([reader.step], wanted, lambda *_: reader, reader.space, None, _deviations)
+    return bits.view(np.float32), float(reached[0]) / varied
 
 
 def _deviations(reader: Reader, start: int, stop: int) -> np.ndarray:
@@ -210,69 +224,115 @@ def _deviations(reader: Reader, start: int, stop: int) -> np.ndarray:
     return deviation(deltas.astype(np.float64)).astype(np.float32).view(np.uint32)[None]  # type: ignore[no-any-return]
 
 
-def energies(step: Step, sources: tuple[Named, ...], space: Workspace, limit: np.ndarray) -> np.ndarray:
-    """Per model the sum of squares of its delta where the deviation reaches the limit [1]; float64 [models]."""
-    found = np.zeros(len(step.models), np.float64)
-    reader = Reader(step, sources, space)
-    for start, stop in cuts(step):
+def energies(reader: Reader, limit: np.ndarray) -> np.ndarray:
+    """Per model the mean square of its delta, 0 where the deviation is below the limit [1]; float64 [models]."""
+    found = np.zeros(len(reader.models), np.float64)
+    for start, stop in cuts(reader.step):
         deltas = reader.read_deltas(start, stop, reader.read_base(start, stop)).astype(np.float64)
         chosen = deviation(deltas).astype(np.float32) >= limit[0] if limit[0] > 0 else slice(None)
         found += np.square(deltas[:, chosen]).sum(axis=1)
-    return found
+    return found / max(reader.step.elements, 1)  # type: ignore[no-any-return]
 
 
-def inner_products(step: Step, sources: tuple[Named, ...], space: Workspace, of_deltas: bool) -> np.ndarray:
+def retained(method: Method, knobs: Mapping[str, Any], reader: Reader, found: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Per model the share of its delta's L1 norm that the method's sparsifier leaves; 1 where it is not to be restored.
+
+    Where nothing is left there is nothing to restore, and the share is 1.
+    """
+    before, after = np.zeros(len(reader.models)), np.zeros(len(reader.models))
+    if method.restores_norms(knobs):
+        for start, stop in cuts(reader.step):
+            given = inputs_of(method, reader, start, stop, dict(found))
+            before += [_l1(row) for row in given["deltas"]]
+            after += [_l1(row) for row in _sparse(method, knobs, given, block_shape(reader.step, start, stop))]
+    return np.where(after > 0, after, 1.0) / np.where(after > 0, before, 1.0)  # type: ignore[no-any-return]
+
+
+def _sparse(method: Method, knobs: Mapping[str, Any], given: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray:
+    """A block of the deltas after the method's sparsifier, flat [models, n]; the block may be overwritten."""
+    if method.compiled:
+        return method.sparse(given, knobs, compiled=True)  # type: ignore[no-any-return]
+    import torch
+
+    with torch.inference_mode():
+        tensors = {n: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for n, v in given.items()}
+        tensors["deltas"] = tensors["deltas"].reshape(-1, *shape)
+        return method.sparse(tensors, knobs).reshape(len(given["deltas"]), -1).numpy()  # type: ignore[no-any-return]
+
+
+def inner_products(reader: Reader, of_deltas: bool) -> np.ndarray:
     """Inner products of the models' deltas or tensors, float64 [models, models]; blocks are added in their order."""
-    count = len(step.models)
+    count = len(reader.models)
     dots = np.zeros((count, count), np.float64)
-    reader = Reader(step, sources, space)
-    for start, stop in cuts(step):
+    for start, stop in cuts(reader.step):
         base = reader.read_base(start, stop)
         stack = reader.read_deltas(start, stop, base) if of_deltas else reader.read_models(start, stop, base)
         for i in range(count):
             for j in range(i, count):
-                dots[i, j] += _dot(stack[i], stack[j])
+                dots[i, j] += dot(stack[i], stack[j])
     return np.triu(dots) + np.triu(dots, 1).T
 
 
-def groups_of(steps: Iterable[Step]) -> Mapping[str, list[Step]]:
-    """The steps that share model-scope statistics, by group."""
-    found: dict[str, list[Step]] = {}
+@dataclass(frozen=True)
+class Group:
+    """Steps that share a model-scope threshold: of their method, or of their preparation number `level`."""
+
+    name: str
+    level: int | None
+    density: tuple[float, ...]
+    steps: list[Step]
+
+
+def groups_of(steps: Iterable[Step]) -> list[Group]:
+    """The groups in the order in which they can be made: first preparations come first, methods last."""
+    found: dict[str, Group] = {}
     for step in steps:
-        if step.group:
-            found.setdefault(step.group, []).append(step)
-    return found
+        levels = [(k, applied.group, applied.knobs) for k, applied in enumerate(step.prepare)]
+        for level, name, knobs in (*levels, (None, step.group, step.knobs)):
+            if name:
+                group = Group(name, level, densities(knobs, len(step.models)), [])
+                found.setdefault(name, group).steps.append(step)
+    return sorted(found.values(), key=lambda group: math.inf if group.level is None else group.level)
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc"})
+def _l1(values):  # type: ignore[no-untyped-def]
+    total = 0.0
+    for i in range(values.size):
+        total += np.float64(abs(values[i]))
+    return total
 
 
 @njit(nogil=True, cache=True)
 def _count_upper(patterns, counts):  # type: ignore[no-untyped-def]
     for i in range(patterns.size):
-        counts[patterns[i] >> np.uint32(16)] += 1
+        counts[(patterns[i] & MAGNITUDE) >> np.uint32(16)] += 1
 
 
 @njit(nogil=True, cache=True)
 def _count_lower(patterns, bin, counts):  # type: ignore[no-untyped-def]
     for i in range(patterns.size):
-        if (patterns[i] >> np.uint32(16)) == bin:
+        if ((patterns[i] & MAGNITUDE) >> np.uint32(16)) == bin:
             counts[patterns[i] & np.uint32(0xFFFF)] += 1
 
 
 @njit(nogil=True, cache=True)
 def _count_window(patterns, first, middle, counts):  # type: ignore[no-untyped-def]
     above, equal = np.int64(0), np.int64(0)  # deltas of bfloat16 models tie: `middle` alone may be a tenth of all
+    start_bits, centre, bins, zero = np.int32(first), np.int32(middle), np.int32(BINS), np.int32(0)
     for start in range(0, patterns.size, PART):
         part = patterns[start : start + PART]
         over, reached, same = np.int32(0), np.int32(0), np.int32(0)
         for i in range(part.size):
-            place = np.int32(part[i]) - np.int32(first)
-            over += np.int32(place >= BINS)
-            reached += np.int32(place >= 0)
-            same += np.int32(place == middle)
+            place = np.int32(np.int32(part[i] & MAGNITUDE) - start_bits)  # a sum of int32 would be 64 bits wide
+            over = np.int32(over + np.int32(place >= bins))
+            reached = np.int32(reached + np.int32(place >= zero))
+            same = np.int32(same + np.int32(place == centre))
         above += over
         equal += same
         if reached > over + same:  # few parts have another entry in the window
             for i in range(part.size):
-                place = np.int32(part[i]) - np.int32(first)
+                place = np.int32(np.int32(part[i] & MAGNITUDE) - start_bits)
                 if 0 <= place < BINS and place != middle:
                     counts[place] += 1
     counts[middle] += equal
@@ -280,7 +340,8 @@ def _count_window(patterns, first, middle, counts):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc"})
-def _dot(left, right):  # type: ignore[no-untyped-def]
+def dot(left: np.ndarray, right: np.ndarray) -> float:
+    """The inner product of two blocks, added in float64."""
     total = 0.0
     for i in range(left.size):
         total += np.float64(left[i]) * np.float64(right[i])

@@ -1,8 +1,7 @@
-"""Models against each other: paired differences, and the normalised score that says how much of an expert was kept."""
+"""Models against each other: differences on the same items, with paired bootstrap intervals."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,73 +53,26 @@ def compare(evaluation: Evaluation, model: str, other: str) -> Comparison:
     return Comparison(model, other, tuple(_difference(evaluation, task, model, other) for task in evaluation.tasks))
 
 
-def normalised_score(base: float, merged: float, expert: float) -> float:
-    """How much of the expert's gain a merged model has: `(base - merged) / (base - expert)`.
-
-    0 is the base, 1 the expert; the same expression serves losses and accuracies. NaN where expert and base are equal.
-    """
-    return (base - merged) / (base - expert) if base != expert else math.nan
+def compare_all(evaluation: Evaluation, other: str) -> tuple[Comparison, ...]:
+    """Every other model of an evaluation against one of them."""
+    return tuple(compare(evaluation, model, other) for model in evaluation.models if model != other)
 
 
-def normalised_scores(evaluation: Evaluation, model: str) -> dict[str, Value]:
-    """A model's normalised score on each task with an expert, with a paired interval; their mean under the key `mean`.
-
-    A task whose expert does not differ clearly from the base (the interval of their difference holds zero) has NaN: its
-    ratio means nothing, and the mean leaves it out. Raises DataError where the evaluation names no base.
-    """
-    if evaluation.base is None:
-        raise DataError("normalised scores need a base; name it as base=")
-    tasks = [task for task in evaluation.tasks if task.name in evaluation.experts]
-    scores, drawn = {}, []
-    for task in tasks:
-        value, samples = _normalised(evaluation, task, model)
-        scores[task.name] = value
-        drawn += [samples] if samples is not None else []
-    known = [score.value for score in scores.values() if not math.isnan(score.value)]
-    scores["mean"] = Value(float(np.mean(known)), *interval(np.mean(drawn, axis=0))) if known else Value(math.nan)
-    return scores
+def differences_table(evaluation: Evaluation, other: str) -> Table:
+    """Models by tasks: each model minus `other`, a mark where the paired interval excludes zero."""
+    rows: list[tuple[Cell, ...]] = [
+        (found.model, *(cell for d in found.differences for cell in (d.difference, d.verdict)))
+        for found in compare_all(evaluation, other)
+    ]
+    columns = [Column("model")]
+    for task in evaluation.tasks:
+        columns += [Column(task.name, f"Δ {task.metric.name}"), Column("")]
+    note = "paired bootstrap over items, 95%; unclear where the interval holds zero"
+    return Table(tuple(columns), tuple(rows), title=f"minus {other}, on the same items", note=note)
 
 
-def normalised_table(evaluation: Evaluation) -> Table:
-    """Models by tasks with experts: normalised scores and their mean; base and experts are there as marks."""
-    found = {model: normalised_scores(evaluation, model) for model in evaluation.models}
-    names = list(next(iter(found.values())))
-    columns = (Column("model"), *(Column(name, better="higher", digits=2) for name in names))
-    rows: list[tuple[Cell, ...]] = [(model, *(scores[name] for name in names)) for model, scores in found.items()]
-    # Whether a task has scores depends on its base and expert only, so any model tells.
-    unclear = [name for name in names if name != "mean" and math.isnan(found[evaluation.models[0]][name].value)]
-    note = "0 is the base, 1 the task's expert"
-    if unclear:
-        note += f"; no score on {', '.join(unclear)}, nor in the mean: the expert does not differ clearly from the base"
-    return Table(columns, tuple(rows), note=note)
-
-
-def _difference(evaluation: Evaluation, task: TaskSummary, model: str, other: str) -> Difference:
-    metric = task.metric
-    samples = _resampled(evaluation, task, (model, other))
-    first, second = (evaluation.score(name, task.name).metrics[metric.name].value for name in (model, other))
-    low, high = interval(samples[:, 0] - samples[:, 1])
-    verdict = "unclear"
-    if low > 0 or high < 0:
-        verdict = "better" if (low > 0) == (metric.better == "higher") else "worse"
-    return Difference(task.name, metric.name, Value(first - second, low, high), verdict)
-
-
-def _normalised(evaluation: Evaluation, task: TaskSummary, model: str) -> tuple[Value, Array | None]:
-    names = (str(evaluation.base), model, evaluation.experts[task.name])
-    base, merged, expert = (evaluation.score(name, task.name).metrics[task.metric.name].value for name in names)
-    samples = _resampled(evaluation, task, names)
-    gain = samples[:, 0] - samples[:, 2]
-    low, high = interval(gain)
-    if low <= 0 <= high:
-        return Value(math.nan), None
-    ratios = (samples[:, 0] - samples[:, 1]) / np.where(gain == 0, np.nan, gain)
-    ratios = np.where(np.isnan(ratios), np.nanmedian(ratios), ratios)  # a draw without gain: at most a few in a hundred
-    return Value(normalised_score(base, merged, expert), *interval(ratios)), ratios
-
-
-def _resampled(evaluation: Evaluation, task: TaskSummary, models: tuple[str, ...]) -> Array:
-    """The primary metric of each model in each resample, `[resamples, models]`."""
+def resampled_metric(evaluation: Evaluation, task: TaskSummary, models: tuple[str, ...]) -> Array:
+    """The primary metric of each model in each resample, `[resamples, models]`: the same items drawn for all."""
     scores = [evaluation.score(model, task.name) for model in models]
     if evaluation.resamples < 1:
         raise DataError("comparisons need resamples; evaluate with resamples of 1000 or more")
@@ -128,3 +80,14 @@ def _resampled(evaluation: Evaluation, task: TaskSummary, models: tuple[str, ...
     sums = resampled_sums(parts.reshape(len(parts), -1), evaluation.resamples, evaluation.seed, task.name)
     pairs = sums.reshape(-1, len(models), 2)
     return pairs[..., 0] / pairs[..., 1]
+
+
+def _difference(evaluation: Evaluation, task: TaskSummary, model: str, other: str) -> Difference:
+    metric = task.metric
+    samples = resampled_metric(evaluation, task, (model, other))
+    first, second = (evaluation.score(name, task.name).metrics[metric.name].value for name in (model, other))
+    low, high = interval(samples[:, 0] - samples[:, 1])
+    verdict = "unclear"
+    if low > 0 or high < 0:
+        verdict = "better" if (low > 0) == (metric.better == "higher") else "worse"
+    return Difference(task.name, metric.name, Value(first - second, low, high), verdict)

@@ -53,21 +53,29 @@ def encode(tokenizer: Any, task: Task, context: int | None = None) -> list[Row]:
 
     Raises DataError where a chat has no template, an answer has no tokens, or an item does not fit `context` positions.
     """
-    if task.chat and not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"task {task.name}: it is a chat, but this tokenizer has no chat template; set chat: false")
-    end = _end_of_turn(tokenizer, task) if task.chat else ()
-    rows, slot = [], 0
-    for number, item in enumerate(task.items):
-        prompt = _chat_prompt(tokenizer, item) if task.chat else _plain_prompt(tokenizer, item)
+    starts = prompts(tokenizer, task)
+    end, rows, slot = end_of_turn(tokenizer, task), [], 0
+    for number, (item, prompt) in enumerate(zip(task.items, starts, strict=True)):
         answers = tuple((*_ids(tokenizer, choice), *end) for choice in item.choices)
         longest = len(prompt) + max(map(len, answers))
-        if not prompt or not all(answers):
-            raise DataError(f"task {task.name}, item {number}: prompt or answer has no tokens: {item.prompt!r:.60}")
+        if not all(answers):
+            raise DataError(f"task {task.name}, item {number}: an answer has no tokens: {item.choices!r:.60}")
         if context is not None and longest > context:
             raise DataError(f"task {task.name}, item {number}: {longest} tokens, but the model takes {context}")
         rows.append(Row(prompt, answers, tuple(range(slot, slot + len(answers)))))
         slot += len(answers)
     return rows
+
+
+def prompts(tokenizer: Any, task: Task) -> list[tuple[int, ...]]:
+    """The prompt of each item. Raises DataError where a chat has no template, or a prompt no tokens."""
+    if task.chat and not getattr(tokenizer, "chat_template", None):
+        raise DataError(f"task {task.name}: it is a chat, but this tokenizer has no chat template; set chat: false")
+    made = [_chat_prompt(tokenizer, item) if task.chat else _plain_prompt(tokenizer, item) for item in task.items]
+    empty = next((number for number, prompt in enumerate(made) if not prompt), None)
+    if empty is not None:
+        raise DataError(f"task {task.name}, item {empty}: the prompt has no tokens: {task.items[empty].prompt!r:.60}")
+    return made
 
 
 def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
@@ -88,8 +96,11 @@ def _chat_prompt(tokenizer: Any, item: Item) -> tuple[int, ...]:
     return _ids(tokenizer, tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
 
 
-def _end_of_turn(tokenizer: Any, task: Task) -> tuple[int, ...]:
-    """The special token that follows an assistant's message in the template, else the one that ends texts."""
+def end_of_turn(tokenizer: Any, task: Task) -> tuple[int, ...]:
+    """In a chat the special token that follows an assistant's message in the template, else the one that ends texts;
+    nothing outside of chats."""
+    if not task.chat:
+        return ()
     messages = [{"role": "user", "content": _STAND_IN}, {"role": "assistant", "content": _STAND_IN}]
     after = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(_STAND_IN)[2]
     special = [token for token in _ids(tokenizer, after) if token in tokenizer.all_special_ids]

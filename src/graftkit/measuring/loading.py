@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from graftkit.checkpoints.resolve import cache_directory, directory_of, open_source, split_task
+from graftkit.checkpoints.sources import read_json
 from graftkit.errors import CheckpointError, DataError, missing_extra
 
 LiveModel = tuple[str, Any, Any]
 """A name, a `transformers` causal language model, and its tokenizer."""
 
 ModelLike = str | Path | LiveModel
-"""A checkpoint directory, an adapter directory, a hub id, or a live model."""
+"""A checkpoint directory, a task of a unified model (`OUT#task`), an adapter directory, a hub id, or a live model."""
 
 
 def model_names(models: Sequence[ModelLike]) -> tuple[str, ...]:
@@ -29,6 +30,11 @@ def model_names(models: Sequence[ModelLike]) -> tuple[str, ...]:
 def source_of(model: ModelLike) -> str:
     """Where a model comes from, as text."""
     return "in memory" if isinstance(model, tuple) else str(model)
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a model is an adapter's directory."""
+    return (Path(source) / "adapter_config.json").is_file()
 
 
 @contextmanager
@@ -53,6 +59,21 @@ def opened(
         live.train(training)
 
 
+def on_disk(source: str) -> str:
+    """A task of a unified model (`OUT#task`) as a checkpoint in the cache, made once; any other source as it is."""
+    model, task = split_task(source, Path())
+    if not task:
+        return source
+    from graftkit.execution.local import merge
+
+    view = open_source(directory_of(model, Path()), task=task)
+    copy = cache_directory() / "views" / view.fingerprint()
+    view.close()
+    if not copy.is_dir():
+        merge({"method": "passthrough", "models": [source]}, copy)
+    return str(copy)
+
+
 def default_device() -> str:
     """`cuda` where there is one, else `cpu`."""
     import torch
@@ -68,10 +89,10 @@ def default_dtype(device: str) -> str:
 def _load(source: str, device: str, dtype: str, adapter_base: str | None) -> tuple[Any, Any]:
     import torch
 
-    config = Path(source) / "adapter_config.json"
-    if not config.is_file():
+    source = on_disk(source)
+    if not is_adapter(source):
         return _pretrained(source, dtype).to(device).eval(), _tokenizer(source)
-    base = adapter_base or json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = adapter_base or read_json(Path(source) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{source}: this adapter does not name its base; give it as adapter_base")
     # The delta is added in float32 and rounded once, as a merge would do it.

@@ -3,78 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from graftkit.errors import DataError, unknown
+from graftkit.measuring.items import METRICS, METRICS_OF, AnyItem, GeneratedItem, ItemScore, MeasuredItem, Metric
 from graftkit.measuring.resampling import Array, ratio_estimates
 from graftkit.measuring.table import Cell, Column, Table, Value
 
-FORMAT = 1
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
+__all__ = ["Evaluation", "GeneratedItem", "ItemScore", "MeasuredItem", "Metric", "Score", "TaskSummary", "summarise"]
 
-@dataclass(frozen=True)
-class Metric:
-    """A score: its name, unit and better direction; for every metric a task's score is a ratio of sums over items."""
-
-    name: str
-    unit: str
-    better: Literal["higher", "lower"]
-
-
-METRICS = {
-    "loss": Metric("loss", "nats/token", "lower"),
-    "bits_per_byte": Metric("bits_per_byte", "bits/byte", "lower"),
-    "accuracy": Metric("accuracy", "", "higher"),
-    "accuracy_by_sum": Metric("accuracy_by_sum", "", "higher"),
-}
-"""`loss`: negative log-probability per token of the right answers. `bits_per_byte`: the same per byte of their text,
-which compares across tokenizers. `accuracy`: the choice with the highest log-probability per byte is the right one;
-`accuracy_by_sum`: the one with the highest log-probability, whatever its length."""
-
-METRICS_OF = {"answer_loss": ("loss", "bits_per_byte"), "multiple_choice": ("accuracy", "accuracy_by_sum", "loss")}
-"""The metrics of each kind of task; the first is the primary one."""
-
-
-@dataclass(frozen=True)
-class ItemScore:
-    """One item under one model; each tuple has one entry per choice: summed log-probability (nats), tokens, bytes."""
-
-    subtask: str
-    answer: int
-    log_probs: tuple[float, ...]
-    tokens: tuple[int, ...]
-    bytes: tuple[int, ...]
-
-    def parts(self, metric: str) -> tuple[float, float]:
-        """Numerator and denominator of a metric; a task's score is the sum of the first over the sum of the second."""
-        loss = -self.log_probs[self.answer]
-        if metric == "loss":
-            return loss, self.tokens[self.answer]
-        if metric == "bits_per_byte":
-            return loss / float(np.log(2)), self.bytes[self.answer]
-        per = self.bytes if metric == "accuracy" else [1] * len(self.bytes)
-        picked = int(np.argmax([value / size for value, size in zip(self.log_probs, per, strict=True)]))
-        return float(picked == self.answer), 1.0
+FORMAT = 2
+READABLE = (1, 2)  # format 1 knew neither skills nor generated items
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one task: metrics with intervals, in all and by subtask (empty without subtasks), and the items."""
+    """One model on one task: metrics with intervals, in all and by subtask (empty without subtasks), and the items.
+
+    `seconds`: what scoring took; where `cached`, in the run that did it.
+    """
 
     model: str
     task: str
     metrics: Mapping[str, Value]
     subtasks: Mapping[str, Mapping[str, Value]]
-    items: tuple[ItemScore, ...]
+    items: tuple[AnyItem, ...]
     seconds: float = 0.0
+    cached: bool = False
 
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """What was asked: a task without its items."""
+    """What was asked: a task without its items; `skill` is what it measures, `metrics` are given where the kind of
+    task does not tell them, the primary one first."""
 
     name: str
     kind: str
@@ -82,18 +50,40 @@ class TaskSummary:
     description: str
     fingerprint: str
     items: int
+    skill: str = ""
+    metrics: tuple[Metric, ...] = ()
+
+    @property
+    def measures(self) -> str:
+        """The skill, by default the task's name."""
+        return self.skill or self.name
 
     @property
     def metric(self) -> Metric:
         """The primary metric."""
-        return METRICS[METRICS_OF[self.kind][0]]
+        return self.measured[0]
+
+    @property
+    def measured(self) -> tuple[Metric, ...]:
+        """All metrics."""
+        return self.metrics or tuple(METRICS[name] for name in METRICS_OF[self.kind])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The items of a task under a model, and the seconds that they took (when they were computed)."""
+
+    task: TaskSummary
+    items: tuple[AnyItem, ...]
+    seconds: float
+    cached: bool = False
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of every model on every task.
 
-    `sources` says where each model came from; `base` and `experts` (task to model) name those that normalised scores
+    `sources` says where each model came from; `base` and `experts` (skill to model) name those that normalised scores
     refer to; `settings` holds what else the numbers depend on: seed, resamples, device, dtype.
     """
 
@@ -123,6 +113,13 @@ class Evaluation:
             raise DataError(unknown("task", name, found))
         return found[name]
 
+    def named(self, model: str) -> str:
+        """A model's name, from its name or from where it came; DataError with the nearest one."""
+        found = {source: name for name, source in self.sources.items()} | {name: name for name in self.models}
+        if model not in found:
+            raise DataError(unknown("model", model, found))
+        return found[model]
+
     def score(self, model: str, task: str) -> Score:
         """The score of a model on a task, or DataError with the nearest name."""
         if model not in self.models:
@@ -131,7 +128,7 @@ class Evaluation:
         return next(score for score in self.scores if (score.model, score.task) == (model, task))
 
     def table(self, task: str | None = None) -> Table:
-        """Models by tasks, each by its primary metric; or, for one task, models by subtasks."""
+        """Models by tasks, each by its primary metric; or, for one task, its subtasks by models."""
         return _task_table(self, self.task(task)) if task is not None else _table(self)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,14 +136,47 @@ class Evaluation:
         return {"format": FORMAT} | asdict(self)
 
     @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Evaluation:
-        """An evaluation from its JSON; DataError where it is none."""
-        if data.get("format") != FORMAT or "scores" not in data:
-            raise DataError(f"not an evaluation of format {FORMAT}: keys {', '.join(sorted(map(str, data))[:8])}")
-        tasks = tuple(TaskSummary(**task) for task in data["tasks"])
-        scores = tuple(_score_from(score) for score in data["scores"])
-        rest = {key: data[key] for key in ("sources", "base", "experts", "settings", "versions")}
-        return Evaluation(tuple(data["models"]), tasks, scores, **rest)
+    def from_dict(data: Any) -> Evaluation:
+        """An evaluation from its JSON; DataError where it is none, or not whole."""
+        if not isinstance(data, Mapping) or data.get("format") not in READABLE or "scores" not in data:
+            keys = ", ".join(sorted(map(str, data))[:8]) if isinstance(data, Mapping) else type(data).__name__
+            wanted = " or ".join(map(str, READABLE))
+            raise DataError(f"not an evaluation of format {wanted}: it has {keys or 'nothing'}")
+        known = {part.name for part in fields(Evaluation)}
+        found: Evaluation = parsed(_adapter(), {key: data[key] for key in data if key in known}, "not an evaluation")
+        _check_whole(found)
+        return found
+
+
+def parsed(adapter: TypeAdapter[Any], data: Any, refusal: str) -> Any:
+    """JSON as what `adapter` makes of it; DataError with the place of the first thing that does not fit."""
+    from pydantic import ValidationError
+
+    try:
+        return adapter.validate_python(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{refusal}: {where}: {first['msg']}, got {first['input']!r:.60}") from error
+
+
+@cache
+def _adapter() -> TypeAdapter[Evaluation]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Evaluation)
+
+
+def _check_whole(found: Evaluation) -> None:
+    """Every model has a score on every task, each with one entry per item."""
+    scores = {(score.model, score.task): score for score in found.scores}
+    for task in found.tasks:
+        if task.kind not in METRICS_OF and not task.metrics:
+            raise DataError(f"not an evaluation: task {task.name}: {unknown('kind', task.kind, METRICS_OF)}")
+        for model in found.models:
+            score = scores.get((model, task.name))
+            if score is None or len(score.items) != task.items or task.metric.name not in score.metrics:
+                raise DataError(f"not a whole evaluation: {model} has no full score on {task.name}; evaluate again")
 
 
 def parts_of(score: Score, metric: str) -> Array:
@@ -155,10 +185,11 @@ def parts_of(score: Score, metric: str) -> Array:
 
 
 def summarise(
-    model: str, task: TaskSummary, items: tuple[ItemScore, ...], seconds: float, *, resamples: int, seed: int
-) -> Score:
+    model: str, task: TaskSummary, items: tuple[AnyItem, ...], seconds: float, *, resamples: int, seed: int,
+    cached: bool = False,
+) -> Score:  # fmt: skip
     """The score that items amount to, with bootstrap intervals over items, in all and by subtask."""
-    names = METRICS_OF[task.kind]
+    names = [metric.name for metric in task.measured]
     parts = np.array([[item.parts(name) for name in names] for item in items])  # [items, metrics, 2]
 
     def estimates(chosen: Array, key: str) -> dict[str, Value]:
@@ -169,7 +200,7 @@ def summarise(
     subtasks = (
         {name: estimates(parts[labels == name], f"{task.name}/{name}") for name in found} if found != [""] else {}
     )
-    return Score(model, task.name, estimates(parts, task.name), subtasks, items, seconds)
+    return Score(model, task.name, estimates(parts, task.name), subtasks, items, seconds, cached)
 
 
 def _table(evaluation: Evaluation) -> Table:
@@ -186,23 +217,12 @@ def _row(evaluation: Evaluation, model: str) -> tuple[Cell, ...]:
 
 
 def _task_table(evaluation: Evaluation, task: TaskSummary) -> Table:
+    """Subtasks by models: there may be many of the first."""
     scores = [evaluation.score(model, task.name) for model in evaluation.models]
-    metric, subtasks = task.metric, list(scores[0].subtasks)
-    unit = metric.unit or metric.name
-    columns = [Column(name or "(none)", unit, metric.better) for name in (task.name, *subtasks)]
-    rows: list[tuple[Cell, ...]] = [
-        (s.model, s.metrics[metric.name], *(s.subtasks[name][metric.name] for name in subtasks)) for s in scores
-    ]
-    return Table((Column("model"), *columns), tuple(rows), title=task.name, note=task.description)
-
-
-def _score_from(data: Mapping[str, Any]) -> Score:
-    def values(metrics: Mapping[str, Any]) -> dict[str, Value]:
-        return {name: Value.from_dict(value) for name, value in metrics.items()}
-
-    items = tuple(
-        ItemScore(i["subtask"], i["answer"], tuple(i["log_probs"]), tuple(i["tokens"]), tuple(i["bytes"]))
-        for i in data["items"]
-    )
-    subtasks = {name: values(metrics) for name, metrics in data["subtasks"].items()}
-    return Score(data["model"], data["task"], values(data["metrics"]), subtasks, items, data["seconds"])
+    metric = task.metric
+    columns = [Column(model, metric.unit or metric.name, metric.better) for model in evaluation.models]
+    rows: list[tuple[Cell, ...]] = [("all", *(score.metrics[metric.name] for score in scores))]
+    for name in scores[0].subtasks:
+        rows.append((name or "(none)", *(score.subtasks[name][metric.name] for score in scores)))
+    title, note = f"{task.name} by subtask", task.description
+    return Table((Column("subtask"), *columns), tuple(rows), title, note, across=True)

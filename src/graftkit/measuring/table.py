@@ -58,13 +58,15 @@ class Column:
 class Table:
     """Rows of cells under columns; the best value of a column is marked where the column says what better means.
 
-    A row shorter or longer than the columns raises ValueError: a fault of ours, not of the user.
+    With `across`, the best value of a row is marked instead. A row shorter or longer than the columns raises
+    ValueError: a fault of ours, not of the user.
     """
 
     columns: tuple[Column, ...]
     rows: tuple[tuple[Cell, ...], ...]
     title: str = ""
     note: str = ""
+    across: bool = False
 
     def __post_init__(self) -> None:
         for number, row in enumerate(self.rows):
@@ -74,12 +76,13 @@ class Table:
     def best(self, column: int) -> frozenset[int]:
         """The rows that hold a column's best value: several if tied, none without a direction or a competitor."""
         better = self.columns[column].better
-        numbers = {row: _number(cells[column]) for row, cells in enumerate(self.rows)}
-        known = {row: number for row, number in numbers.items() if number is not None}
-        if better is None or len(set(known.values())) < 2:
+        if better is None:
             return frozenset()
-        top = max(known.values()) if better == "higher" else min(known.values())
-        return frozenset(row for row, number in known.items() if number == top)
+        if self.across:
+            chosen = [place for place, other in enumerate(self.columns) if other.better]
+            winners = (_best([(place, row[place]) for place in chosen], better) for row in self.rows)
+            return frozenset(number for number, found in enumerate(winners) if column in found)
+        return _best([(number, row[column]) for number, row in enumerate(self.rows)], better)
 
     def text(self, row: int, column: int) -> str:
         """One cell as text: `0.512 [0.470, 0.551]`, a dash where there is nothing."""
@@ -143,6 +146,16 @@ def format_cell(cell: Cell, digits: int = 3) -> tuple[str, str]:
     if cell.low is None or cell.high is None:
         return format_cell(cell.value, digits)
     return format_cell(float(cell.value), digits)[0], f"[{cell.low:.{digits}f}, {cell.high:.{digits}f}]"
+
+
+def _best(cells: list[tuple[int, Cell]], better: str) -> frozenset[int]:
+    """The keys of the best cells, several if tied; none where there is nothing to choose between."""
+    numbers = {key: _number(cell) for key, cell in cells}
+    known = {key: number for key, number in numbers.items() if number is not None}
+    if len(set(known.values())) < 2:
+        return frozenset()
+    top = max(known.values()) if better == "higher" else min(known.values())
+    return frozenset(key for key, number in known.items() if number == top)
 
 
 def _number(cell: Cell) -> float | None:

@@ -6,13 +6,21 @@ A method's positional parameters name what it reads, from a closed vocabulary:
     models    [models, *shape]  the tuned models
     deltas    [models, *shape]  tuned minus base
     rng                         keyed random numbers (`graftkit.methods.random.Keyed`)
+    shape                       the tensor's own shape, also where `deltas` are cores of adapters (see `rotations`)
     threshold [models]          magnitude at or above which a share `density` of each model's delta lies
     norms     [models]          Euclidean norms of `deltas` if the method reads them, else of `models`; float64
     dots      [models, models]  inner products of the same
     band      [2, models]       smallest and largest magnitude of the share `density` below the share `outliers`
     overlap   [models]          entries changed by more than `epsilon` that others change too, per one changed alone
     variation [1]               deviation over models at or above which the share `select_topk` of positions lies
-    energies  [models]          sums of squares of the deltas at these positions; float64
+    energies  [models]          mean squares of the deltas, of which only these positions count; float64
+    retained  [models]          share of its L1 norm that the method's sparsifier leaves of each delta; float64, and 1
+                                unless the knobs ask to restore norms
+    range     [2, models]       smallest and largest value; float64
+    histogram [models, bins]    values in each of `bins` equal bins of a model's range (knob `last_bin`); float64
+    distance  [models, out]     L1 distance of each output channel from the mean of the others' channels; float64
+    signals   [models]          what the knob `global_signal` names: entropy, spectral norm, or zeros; float64
+    gates     [models, out, in or 1]    values that a gates file holds for each output channel, or each element
 
 Its keyword-only parameters are knobs. A method that reads `deltas` and not `base` returns the merged delta; any other
 returns weights. Block cutting, dtypes, files, adapters and devices are not its business.
@@ -23,7 +31,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from typing import Any, TypeVar
@@ -33,11 +41,17 @@ from graftkit.methods.knobs import Knob, PerModel, Range, knobs_of
 
 __all__ = ["INPUTS", "STATISTICS", "Method", "PerModel", "Range", "get", "method", "names"]
 
-STATISTICS = ("threshold", "norms", "dots", "band", "overlap", "variation", "energies")
+STATISTICS = (
+    "threshold", "norms", "dots", "band", "overlap", "variation", "energies", "retained", "range", "histogram",
+    "distance", "signals",
+)  # fmt: skip
 """Reductions over a tensor (or over the model) that the engine makes just before a method runs."""
 
-INPUTS = ("base", "models", "deltas", "rng", *STATISTICS)
+INPUTS = ("base", "models", "deltas", "rng", "shape", "gates", *STATISTICS)
 """What a method may read."""
+
+BY_ROWS = ("gates", "distance")
+"""What goes by output channel: a block has that of its own rows."""
 
 GRAINS = ("element", "row", "tensor")
 
@@ -59,6 +73,17 @@ class Method:
     model_count: tuple[int, int | None] = (1, None)
     base_optional: bool = False
     kernel: str | None = None
+    sparsifier: str | None = None
+    factors: Callable[..., Any] | None = None
+    masks: Callable[..., Any] | None = None
+    gates: tuple[str, ...] = ()
+    lookups: Mapping[str, Any] = field(default_factory=dict)
+    matrices: bool = False
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it runs on numpy arrays, compiled, so that a merge by it needs no torch."""
+        return self.kernel is not None or self.factors is not None
 
     @property
     def uses_base(self) -> bool:
@@ -84,13 +109,49 @@ class Method:
         """Over what its statistics are taken: `tensor`, or `model` where its knob `scope` says so."""
         return str(knobs.get("scope", "tensor"))
 
-    def run(self, *, base: Any = None, models: Any = None, rng: Any = None, **knobs: Any) -> Any:
+    def commutes(self, knobs: Mapping[str, Any]) -> str | None:
+        """With which rotations of a matrix it commutes, `both`, `output` or none: an optimiser by entries with none."""
+        return None if knobs.get("solver") == "adam" else self.rotations
+
+    def restores_norms(self, knobs: Mapping[str, Any]) -> bool:
+        """Whether sparse deltas are scaled to the L1 norms that they had."""
+        return self.sparsifier is not None and bool(knobs["rescale"]) and knobs.get("rescale_by", "l1") == "l1"
+
+    def sparse(self, given: Mapping[str, Any], knobs: Mapping[str, Any], *, compiled: bool = False) -> Any:
+        """The deltas as its sparsifier leaves them, not rescaled; its compiled twin works in place, on flat ones."""
+        from graftkit.methods.composition import get_part
+
+        part = get_part("preparation", str(self.sparsifier))
+        chosen = {name: knobs[name] for name in part.knobs} | ({"rescale": False} if "rescale" in part.knobs else {})
+        inputs = [given[name] for name in part.reads]
+        if not compiled or not part.kernel:
+            return part.function(*inputs, **chosen)
+        module, _, name = part.kernel.partition(":")
+        getattr(importlib.import_module(module), name)(*inputs, **chosen)
+        return inputs[0]
+
+    def factors_of(self, given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> Any:
+        """For a weighted sum of what it reads: the factors, float64 [models]."""
+        assert self.factors is not None
+        wanted = inspect.signature(self.factors).parameters
+        values = {"count": count, **knobs, **{name: given[name] for name in wanted if name in INPUTS}}
+        return self.factors(**{name: values[name] for name in wanted})
+
+    def masked(self, deltas: Any, merged: Any, knobs: Mapping[str, Any]) -> Any:
+        """The models' masks, of a method that has some."""
+        assert self.masks is not None
+        wanted = list(inspect.signature(self.masks).parameters)[2:]
+        return self.masks(deltas, merged, **{name: knobs[name] for name in wanted})
+
+    def run(self, *, base: Any = None, models: Any = None, rng: Any = None, gates: Any = None, **knobs: Any) -> Any:
         """Merges whole tensors in memory: `base` [*shape], `models` [models, *shape]; returns the merged weights.
+
+        `gates` [models, out] or [models, out, in], for a method that reads them.
 
         The reference for everything that the engine does in blocks. A knob may be a tensor, to take gradients by it.
         Raises RecipeError for a knob that does not exist or is out of its range, and for inputs that are missing.
         """
-        values = {name: knob.default for name, knob in self.knobs.items()} | self._checked(knobs)
+        values = self.settings(knobs)
         fewest, most = self.model_count
         if not fewest <= len(models) <= (most or len(models)):
             wanted = f"exactly {fewest}" if fewest == most else f"at least {fewest}"
@@ -100,7 +161,8 @@ class Method:
         if "rng" in self.reads and rng is None:
             raise RecipeError(f"{self.name} draws random numbers: give rng=Keyed.of(seed=0, models={len(models)})")
         deltas = (models if base is None else models - base) if self.uses_base else None
-        given = {"base": base, "models": models, "deltas": deltas, "rng": rng}
+        given = {"base": base, "models": models, "deltas": deltas, "rng": rng, "shape": tuple(models.shape[1:])}
+        given["gates"] = self._gates_of(gates, models, values)
         given |= self.measured(given, values)
         result = self.function(*(given[name] for name in self.reads), **values)
         return base + result if self.returns_delta and base is not None else result
@@ -110,15 +172,38 @@ class Method:
         from graftkit.methods import parts
 
         stack = given["deltas" if "deltas" in self.reads else "models"]
-        return {n: parts.statistic(n, given["deltas"] if n == "threshold" else stack, knobs) for n in self.statistics}
+        plain = [name for name in self.statistics if name != "retained"]
+        found = {n: parts.statistic(n, given["deltas"] if n == "threshold" else stack, knobs) for n in plain}
+        if "retained" in self.statistics:
+            left = self.sparse({**given, **found}, knobs) if self.restores_norms(knobs) else stack
+            found["retained"] = parts.retained_of(stack, left)
+        return found
 
-    def _checked(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of knobs, validated; tensors and arrays are taken as they are."""
+    def reads_gates(self, knobs: Mapping[str, Any], dimensions: int) -> bool:
+        """Whether it wants gates for a tensor: it reads some, its knobs say so, and the tensor has channels."""
+        return "gates" in self.reads and knobs.get("local_signal") != "none" and dimensions > 1
+
+    def _gates_of(self, gates: Any, models: Any, knobs: Mapping[str, Any]) -> Any:
+        """Gates in the shape in which a method sees them; equal ones where it wants none."""
+        if not self.reads_gates(knobs, models.ndim - 1):
+            return models.detach().new_full((len(models), 1, 1), 1 / len(models)).double()
+        if gates is None:
+            raise RecipeError(f"{self.name} reads gates: give gates=[models, out], or local_signal='none'")
+        if tuple(gates.shape[:2]) != tuple(models.shape[:2]):
+            raise RecipeError(
+                f"{self.name}: gates of shape {tuple(gates.shape)} for models of shape {tuple(models.shape)}; "
+                "they are [models, out] or [models, out, in]"
+            )
+        return gates.reshape(*gates.shape[:2], -1) if gates.ndim > 2 else gates[..., None]
+
+    def settings(self, knobs: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of all its knobs: the given ones, checked (tensors and arrays as they are), else defaults."""
         for name in knobs:
             if name not in self.knobs:
                 raise RecipeError(unknown(f"knob of {self.name}", name, self.knobs))
         arrays = {name: value for name, value in knobs.items() if hasattr(value, "__array__")}
-        return {n: self.knobs[n].check(v, f"{self.name}: {n}") for n, v in knobs.items() if n not in arrays} | arrays
+        checked = {n: self.knobs[n].check(v, f"{self.name}: {n}") for n, v in knobs.items() if n not in arrays}
+        return {name: knob.default for name, knob in self.knobs.items()} | checked | arrays
 
 
 _REGISTRY: dict[str, Method] = {}
@@ -133,13 +218,29 @@ def method(
     model_count: tuple[int, int | None] = (1, None),
     base_optional: bool = False,
     kernel: str | None = None,
+    sparsifier: str | None = None,
+    factors: Callable[..., Any] | None = None,
+    masks: Callable[..., Any] | None = None,
+    matrices: bool = False,
+    gates: tuple[str, ...] = (),
+    lookups: Mapping[str, Any] | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a method; the function itself is returned unchanged.
 
     `source`: the paper. `grain`: how the engine may cut, `element`, `row` or `tensor`. `rotations`: `both` or
     `output` where it commutes with rotations. `ordered`: permuting models changes the meaning. `model_count`: fewest
     and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`:
-    `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`).
+    `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`). `sparsifier`: for a method
+    that reads `retained`, the preparation that makes deltas sparse as it does, with knobs of the same names.
+    `factors`: where the result is a weighted sum of the tensors, what gives the factors [models] in float64 from their
+    `count`, statistics (numpy arrays) and knobs, by name; the engine then needs nothing else of the method.
+    `masks`: for a unified model with a bit mask for each of the models, what gives these, [models, *shape], from
+    `deltas`, the `merged` delta, and knobs, by name; a knob `rescale` says over what masked deltas are scaled to the
+    L1 norms of the models' (`model`, `means` of its tensors, `tensor` or `none`).
+    `matrices`: it is for matrices of linear layers, and has the knobs `weight` and `scale`; the engine gives every other
+    tensor (norms, biases, embeddings, output embeddings) `scale` times the weighted mean of the deltas instead.
+    `gates`: for a method that reads them, the kinds of gates that it takes. `lookups`: values of knobs for embeddings
+    and heads, whose rows are looked up, where no rule says otherwise.
     """
 
     def register(function: F) -> F:
@@ -165,6 +266,12 @@ def method(
             model_count,
             base_optional,
             kernel,
+            sparsifier,
+            factors,
+            masks,
+            gates,
+            lookups or {},
+            matrices,
         )
         return function
 
@@ -174,7 +281,8 @@ def method(
 @lru_cache(maxsize=1)
 def _load_all() -> None:
     """Imports the built-in methods and every module registered under the entry point `graftkit.methods`."""
-    for theme in ("averages", "spheres", "arithmetic", "sparse", "masks", "competition"):
+    for theme in ("averages", "spheres", "arithmetic", "sparse", "masks", "competition", "unified", "factors", "graft",
+                  "spectral", "wudi"):  # fmt: skip
         importlib.import_module(f"graftkit.methods.{theme}")
     for entry in metadata.entry_points(group="graftkit.methods"):
         try:

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from graftkit.methods import spheres
-from graftkit.methods.averages import slerp_coefficients
 from graftkit.methods.competition import sce_weights
 from graftkit.methods.parts import deviation
 from graftkit.methods.random import MULTIPLIERS, ROUNDS, WEYL, Keyed
@@ -26,54 +24,15 @@ CHUNK = 2048  # entries that an election handles at once: its accumulators stay 
 Value = float | Sequence[float]
 
 
-def average(models: np.ndarray, *, weight: Value, normalize: bool, out: np.ndarray) -> None:
-    """Twin of `averages.average`."""
-    weights = _per_model(weight, models)
-    _weighted_sum(models, weights, models.dtype.type(weights.sum() if normalize else 1), out)
-
-
-def slerp(models: np.ndarray, norms: np.ndarray, dots: np.ndarray, *, t: float, out: np.ndarray) -> None:
-    """Twin of `averages.slerp`."""
-    factors = slerp_coefficients(norms.tolist(), dots.tolist(), t)
-    _weighted_sum(models, np.asarray(factors, models.dtype), models.dtype.type(1), out)
-
-
-def passthrough(models: np.ndarray, *, take: int, scale: float, out: np.ndarray) -> None:
-    """Twin of `averages.passthrough`."""
-    np.multiply(models[take], models.dtype.type(scale), out=out)
-
-
-def model_stock(deltas: np.ndarray, dots: np.ndarray, *, out: np.ndarray) -> None:
-    """Twin of `spheres.model_stock`."""
-    _combine(deltas, [float(spheres.stock_share(dots)) / len(deltas)] * len(deltas), out)
-
-
-def karcher(deltas: np.ndarray, dots: np.ndarray, *, out: np.ndarray) -> None:
-    """Twin of `spheres.karcher`."""
-    _combine(deltas, spheres.karcher_factors(dots), out)
-
-
-def multislerp(deltas: np.ndarray, dots: np.ndarray, *, weight: Value, normalize: bool, out: np.ndarray) -> None:
-    """Twin of `spheres.multislerp`."""
-    _combine(deltas, spheres.multislerp_factors(_per_model(weight, dots), dots, normalize), out)
-
-
-def nuslerp(deltas: np.ndarray, dots: np.ndarray, *, weight: Value, out: np.ndarray) -> None:
-    """Twin of `spheres.nuslerp`."""
-    t = spheres.second_share(_per_model(weight, dots))
-    _combine(deltas, spheres.arc_factors(float(t), spheres.angle_between(dots.tolist()), math.sin), out)
-
-
-def task_arithmetic(deltas: np.ndarray, *, weight: Value, scale: float, normalize: bool, out: np.ndarray) -> None:
-    """Twin of `arithmetic.task_arithmetic`."""
-    weights = _per_model(weight, deltas)
-    divisor = weights.sum() if normalize else deltas.dtype.type(1)
-    _weighted_sum(deltas, weights * deltas.dtype.type(scale), divisor, out)
+def weighted_sum(stack: np.ndarray, factors: np.ndarray, out: np.ndarray) -> None:
+    """Twin of every method that declares `factors`: their sum over the tensors of `stack` [models, n]."""
+    _weighted_sum(stack, factors.astype(stack.dtype), out)
 
 
 def ties(
     deltas: np.ndarray,
     threshold: np.ndarray,
+    retained: np.ndarray,
     *,
     weight: Value,
     density: Value,
@@ -81,38 +40,81 @@ def ties(
     scope: str,
     combine: str,
     weighted_election: bool,
+    rescale: bool,
     out: np.ndarray,
 ) -> None:
-    """Twin of `arithmetic.ties`; `density` and `scope` are in the threshold already."""
+    """Twin of `arithmetic.ties`; `density` and `scope` are in the threshold already, `rescale` in what is retained."""
     weights = _per_model(weight, deltas)
     votes = weights if weighted_election else np.ones_like(weights)
     limits = threshold.astype(np.float32)
+    if rescale:
+        for row, limit in zip(deltas, limits, strict=True):
+            row[np.abs(row).astype(np.float32, copy=False) < limit] = 0
+        _restore(deltas, retained)
+        limits = np.zeros_like(limits)
     _elect(deltas, limits, weights, votes, combine == "mean", deltas.dtype.type(scale), out)
 
 
 def dare(
     deltas: np.ndarray,
     rng: Keyed,
+    retained: np.ndarray,
     *,
     weight: Value,
     density: Value,
     scale: float,
     elect: str,
+    normalize: bool,
+    combine: str,
+    weighted_election: bool,
     rescale: bool,
+    rescale_by: str,
     out: np.ndarray,
 ) -> None:
     """Twin of `arithmetic.dare`; drops in place."""
-    weights, dtype = _per_model(weight, deltas), deltas.dtype
+    drop(deltas, rng, density, rescale and rescale_by == "chance")
+    if rescale and rescale_by == "l1":
+        _restore(deltas, retained)
+    _combined(deltas, weight, scale, elect, normalize, combine, weighted_election, out)
+
+
+def drop(deltas: np.ndarray, rng: Keyed, density: Value, rescale: bool) -> None:
+    """Twin of `parts.drop`, in place."""
     for t, share in enumerate(np.broadcast_to(np.asarray(density, np.float64), len(deltas)).tolist()):
-        factor = dtype.type(1 / share if rescale and share > 0 else 1)
+        factor = deltas.dtype.type(1 / share if rescale and share > 0 else 1)
         if share < 1:
             cut = np.uint64(math.ceil(share * 2**32))
             _drop(deltas[t], np.uint64(rng.keys[t]), np.uint64(rng.start), cut, factor)
-    if elect == "sign":
-        limits = np.zeros(len(deltas), np.float32)
-        _elect(deltas, limits, weights, np.ones_like(weights), True, dtype.type(scale), out)
-    else:
-        _weighted_sum(deltas, weights * dtype.type(scale), dtype.type(1), out)
+
+
+def random_words(key: int, start: int, count: int) -> np.ndarray:
+    """The random words `start` to `start + count` of a stream, uint32."""
+    blocks, skip = (start % 4 + count + 3) // 4, start % 4
+    words = np.empty(4 * blocks, np.uint32)
+    _philox_words(np.uint64(key), np.uint64(start // 4), blocks, words)
+    return words[skip : skip + count]
+
+
+def _restore(deltas: np.ndarray, retained: np.ndarray) -> None:
+    deltas /= retained.astype(deltas.dtype)[:, None]
+
+
+def _combined(
+    deltas: np.ndarray,
+    weight: Value,
+    scale: float,
+    elect: str,
+    normalize: bool,
+    combine: str,
+    weighted_election: bool,
+    out: np.ndarray,
+) -> None:
+    """Twin of `parts.combined`, times the scale."""
+    weights, factor = _per_model(weight, deltas), deltas.dtype.type(scale)
+    if elect == "none":
+        return weighted_sum(deltas, weights * factor / (weights.sum() if normalize else 1), out)
+    votes = weights if weighted_election else np.ones_like(weights)
+    return _elect(deltas, np.zeros(len(deltas), np.float32), weights, votes, combine == "mean", factor, out)  # type: ignore[no-any-return]
 
 
 def nearswap(deltas: np.ndarray, *, t: float, out: np.ndarray) -> None:
@@ -123,25 +125,26 @@ def nearswap(deltas: np.ndarray, *, t: float, out: np.ndarray) -> None:
 def breadcrumbs(
     deltas: np.ndarray,
     band: np.ndarray,
+    retained: np.ndarray,
     *,
     weight: Value,
     density: Value,
     outliers: Value,
     scale: float,
     elect: str,
+    normalize: bool,
     combine: str,
     weighted_election: bool,
+    rescale: bool,
     out: np.ndarray,
 ) -> None:
     """Twin of `sparse.breadcrumbs`; `density` and `outliers` are in the band already."""
     for row, low, high in zip(deltas, *band.astype(np.float32), strict=True):
         magnitudes = np.abs(row).astype(np.float32, copy=False)
         row[(magnitudes < low) | (magnitudes > high)] = 0
-    weights, factor = _per_model(weight, deltas), deltas.dtype.type(scale)
-    if elect == "none":
-        return _combine(deltas, weights * factor, out)
-    votes = weights if weighted_election else np.ones_like(weights)
-    return _elect(deltas, np.zeros(len(deltas), np.float32), weights, votes, combine == "mean", factor, out)  # type: ignore[no-any-return]
+    if rescale:
+        _restore(deltas, retained)
+    _combined(deltas, weight, scale, elect, normalize, combine, weighted_election, out)
 
 
 def sce(
@@ -151,18 +154,15 @@ def sce(
     *,
     select_topk: float,
     scale: float,
+    floor: float,
     out: np.ndarray,
 ) -> None:
     """Twin of `competition.sce`; `select_topk` is in the variation already."""
     if variation[0] > 0:
         deltas[:, deviation(deltas.astype(np.float64)).astype(np.float32) < variation[0]] = 0
-    weights = np.asarray(sce_weights(energies), deltas.dtype)
+    weights = np.asarray(sce_weights(energies, floor), deltas.dtype)
     limits = np.zeros(len(deltas), np.float32)
     _elect(deltas, limits, weights, np.ones_like(weights), True, deltas.dtype.type(scale), out)
-
-
-def _combine(stack: np.ndarray, factors: Sequence[float] | np.ndarray, out: np.ndarray) -> None:
-    _weighted_sum(stack, np.asarray(factors, stack.dtype), stack.dtype.type(1), out)
 
 
 def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:
@@ -170,21 +170,13 @@ def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:
 
 
 @njit(**JIT)
-def _weighted_sum(stack, weights, divisor, out):  # type: ignore[no-untyped-def]
-    last = stack.shape[0] - 1
+def _weighted_sum(stack, factors, out):  # type: ignore[no-untyped-def]
     for i in range(out.size):
-        out[i] = weights[0] * stack[0, i]
-    for t in range(1, last):
-        weight = weights[t]
+        out[i] = factors[0] * stack[0, i]
+    for t in range(1, stack.shape[0]):
+        factor = factors[t]
         for i in range(out.size):
-            out[i] += weight * stack[t, i]
-    weight = weights[last] if last else weights[0] - weights[0]
-    if divisor != 1:
-        for i in range(out.size):
-            out[i] = (out[i] + weight * stack[last, i]) / divisor
-    elif last:
-        for i in range(out.size):
-            out[i] += weight * stack[last, i]
+            out[i] += factor * stack[t, i]
 
 
 @njit(**JIT)
@@ -200,7 +192,8 @@ def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no
             _trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total[:n])
         _elect_signs(total[:n])
         for t in range(deltas.shape[0]):
-            _add_agreeing(deltas[t, first : first + n], total[:n], weights[t], merged, share[:n])
+            side = np.float32(1) if votes[t] >= 0 else np.float32(-1)
+            _add_agreeing(deltas[t, first : first + n], total[:n], side, weights[t], merged, share[:n])
         _divide(merged, share[:n], mean, scale)
 
 
@@ -214,23 +207,25 @@ def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
 
 @njit(**JIT)
 def _elect_signs(total):  # type: ignore[no-untyped-def]
+    one = total.dtype.type(1)
     for i in range(total.size):
-        total[i] = 2 * np.float32(total[i] >= 0) - 1
+        total[i] = one if total[i] >= 0 else -one
 
 
 @njit(**JIT)
-def _add_agreeing(deltas, sign, weight, merged, share):  # type: ignore[no-untyped-def]
+def _add_agreeing(deltas, sign, side, weight, merged, share):  # type: ignore[no-untyped-def]
     for i in range(merged.size):
-        factor = weight * np.float32(deltas[i] * sign[i] > 0)
+        factor = weight * np.float32(deltas[i] * (side * sign[i]) > 0)
         merged[i] += factor * deltas[i]
         share[i] += factor
 
 
 @njit(**JIT)
 def _divide(merged, share, mean, scale):  # type: ignore[no-untyped-def]
+    none, one = share.dtype.type(0), share.dtype.type(1)
     if mean:
         for i in range(merged.size):
-            merged[i] = scale * (merged[i] / (share[i] + np.float32(share[i] == 0)))
+            merged[i] = scale * (merged[i] / (share[i] if share[i] != none else one))
     else:
         for i in range(merged.size):
             merged[i] *= scale
@@ -258,7 +253,7 @@ def _keep_below(values, words, cut, factor):  # type: ignore[no-untyped-def]
 @njit(**JIT)
 def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
+    p0, p1 = np.uint64(MULTIPLIERS[0]) * (c0 & mask), np.uint64(MULTIPLIERS[1]) * (c2 & mask)  # 32 x 32 bits: cheap
     return (p1 >> half) ^ c1 ^ k0, p1 & mask, (p0 >> half) ^ c3 ^ k1, p0 & mask
 
 

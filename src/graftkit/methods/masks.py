@@ -34,6 +34,12 @@ def nearswap(deltas: "Tensor", *, t: Annotated[float, Range(0, search=(0, 0.01))
     Source: the model card of alchemonaut/QuartetAnemoi-70B-t0.0001; mergekit 0.1.5, method `nearswap`.
 
     Deviations: none for differences above 1e-6, below which mergekit moves a smaller part than t allows.
+
+    Use it when: the base is to be touched up by one model: small differences are taken whole, large ones cut.
+
+    Example: the step of 2 is cut to 0.5; the others are not larger.
+        >>> get("nearswap").run(base=base, models=models[:1], t=0.5)
+        tensor([1.5000, 0.5000, 1.2500, 1.0000])
     """
     return deltas[0].clamp(-t, t)
 
@@ -62,6 +68,13 @@ def ram(
     Source: arXiv 2601.13572 as implemented by mergekit 0.1.5, methods `ram` and `ramplus_tl`.
 
     Deviations: ratios are counted within the tensor (mergekit's tensor-local form), not over the whole model.
+
+    Use it when: each model changes entries that no other does (sparse deltas, as of reinforcement learning), which
+    an average would dilute by models that left them alone.
+
+    Example: the first two entries were changed by both and are averaged; the last two by one each, and go in whole.
+        >>> get("ram").run(base=base, models=models)
+        tensor([2.5000, 1.2500, 1.2500, 0.0000])
     """
     import torch
 
@@ -101,6 +114,13 @@ def consensus_ta(
     Source: Wang et al. 2024 (arXiv 2405.07813), TALL masks and Consensus merging.
 
     Deviations: the paper chooses lambda for each task on validation data, from 0.2 to 0.6; the default is ours.
+
+    Use it when: many models are added up, and what only one of them needs is taken for selfish or noise. With few
+    models much is dropped: two models keep only what both need.
+
+    Example: the last two entries were changed by one model each, and stay the base's.
+        >>> get("consensus_ta").run(base=base, models=models)
+        tensor([4.0000, 1.5000, 1.0000, 1.0000])
     """
     import torch
 
@@ -139,6 +159,13 @@ def localize_and_stitch(
     Source: He et al. 2024 (arXiv 2408.13656), the data-free form: 5 % for language, 10 % for vision.
 
     Deviations: every entry that ties with the k-th is kept; there are no trained masks.
+
+    Use it when: the skills are taken to lie in a small share of each delta, and the rest should stay the base's.
+
+    Example: one entry of the first delta is kept, and of the second the three that tie; both have the first entry,
+    and it is averaged.
+        >>> get("localize_and_stitch").run(base=base, models=models, density=0.25)
+        tensor([2.5000, 2.0000, 1.0000, 0.0000])
     """
     import torch
 
@@ -164,6 +191,12 @@ def arcee_fusion(base: "Tensor", deltas: "Tensor") -> "Tensor":
 
     Deviations: quartiles are exact (mergekit: of a random million entries), and the divergence has no floor of 1e-8
     under its probabilities.
+
+    Use it when: the most important changes of one tuned model are to go into the base, without a knob to choose.
+
+    Example: only the entry that moved by 2 stands out.
+        >>> get("arcee_fusion").run(base=base, models=models[:1])
+        tensor([3., 1., 1., 1.])
     """
     import torch
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -22,6 +23,13 @@ def per_model(value: float | Sequence[float], like: Tensor) -> Tensor:
     if values.ndim and values.shape[0] != like.shape[0]:
         raise ValueError(f"{values.shape[0]} values for {like.shape[0]} models")
     return values.expand(like.shape[0]).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def spread(value: float | Sequence[float], count: int) -> np.ndarray:
+    """A knob as float64 numbers, one per model: [count]."""
+    import numpy as np
+
+    return np.array(np.broadcast_to(np.asarray(value, np.float64), (count,)))
 
 
 def kept_count(density: float, elements: int) -> int:
@@ -128,9 +136,22 @@ def selected(deltas: Tensor, variation: Tensor) -> Tensor:
 
 
 def energies_of(deltas: Tensor, variation: Tensor) -> Tensor:
-    """Per model the sum of squares of what is selected of it, float64 [models]."""
+    """Per model the mean square of what is selected of it, over all positions, float64 [models]."""
     kept = selected(deltas, variation).double().reshape(deltas.shape[0], -1)
-    return (kept * kept).sum(dim=1)
+    return (kept * kept).sum(dim=1) / max(kept.shape[1], 1)
+
+
+def retained_of(deltas: Tensor, kept: Tensor) -> Tensor:
+    """Per model the share of its L1 norm that is left in `kept`; 1 where nothing is left, or was there; [models]."""
+    import torch
+
+    before, after = (part.detach().reshape(len(part), -1).abs().to(torch.float64).sum(dim=1) for part in (deltas, kept))
+    return torch.where(after > 0, after / torch.where(before > 0, before, torch.ones_like(before)), 1.0)
+
+
+def restored(kept: Tensor, retained: Tensor) -> Tensor:
+    """Sparse deltas scaled to the L1 norms that they had, `retained` [models] being the shares left."""
+    return kept / per_model(retained, kept)  # type: ignore[arg-type]
 
 
 def statistic(name: str, stack: Tensor, knobs: Mapping[str, Any]) -> Tensor:
@@ -151,8 +172,21 @@ def statistic(name: str, stack: Tensor, knobs: Mapping[str, Any]) -> Tensor:
         return variation_of(stack, knobs["select_topk"])
     if name == "energies":
         return energies_of(stack, variation_of(stack, knobs["select_topk"]))
+    if name in ("range", "histogram", "distance", "signals"):
+        return _distribution(name, stack, knobs)
     flat = stack.reshape(stack.shape[0], -1).to(torch.float64)
     return flat.norm(dim=1) if name == "norms" else flat @ flat.T
+
+
+def _distribution(name: str, stack: Tensor, knobs: Mapping[str, Any]) -> Tensor:
+    """The statistics of `signals.py`."""
+    from graftkit.methods import signals
+
+    if name == "histogram":
+        return signals.histogram_of(stack, knobs["bins"], knobs["last_bin"])
+    if name == "signals":
+        return signals.signals_of(stack, knobs)
+    return signals.range_of(stack) if name == "range" else signals.distance_of(stack)
 
 
 def trim(deltas: Tensor, threshold: Tensor) -> Tensor:
@@ -187,26 +221,35 @@ def weighted_sum(stack: Tensor, weight: float | Sequence[float]) -> Tensor:
 
 
 def combined(
-    deltas: Tensor, weight: float | Sequence[float], elect: str, combine: str, weighted_election: bool
+    deltas: Tensor,
+    weight: float | Sequence[float],
+    *,
+    elect: str,
+    normalize: bool,
+    combine: str,
+    weighted_election: bool,
 ) -> Tensor:
-    """The weighted sum of sparse deltas (`elect: none`), or TIES' election among them (`sign`)."""
+    """The weighted sum or mean of sparse deltas (`elect: none`), or TIES' election among them (`sign`)."""
     if elect == "none":
-        return weighted_sum(deltas, weight)
+        total = weighted_sum(deltas, weight)
+        return total / per_model(weight, deltas).sum() if normalize else total
     return disjoint(deltas, weight, weighted_election=weighted_election, mean=combine == "mean")
 
 
 def disjoint(deltas: Tensor, weight: float | Sequence[float], *, weighted_election: bool, mean: bool) -> Tensor:
     """TIES' election: per entry the sign of the sum of all deltas wins, and only deltas of that sign are combined.
 
-    `weighted_election`: whether the weights count in the sum that elects. `mean`: divide by the sum of the agreeing
-    models' weights (disjoint mean), else sum. An exactly zero sum elects plus; a zero delta agrees with nobody.
+    `weighted_election`: whether deltas go to the vote times their weights, a negative one changing sides. `mean`:
+    divide by the sum of the agreeing models' weights (disjoint mean), else sum. An exactly zero sum elects plus; a zero
+    delta agrees with nobody.
     """
     import torch
 
     weights = per_model(weight, deltas)
     votes = weighted_sum(deltas, weight if weighted_election else 1.0)
     sign = torch.where(votes >= 0, torch.ones_like(votes), -torch.ones_like(votes))
-    agrees = torch.sign(deltas) == sign
+    sides = torch.where(weights < 0, -1.0, 1.0) if weighted_election else torch.ones_like(weights)
+    agrees = torch.sign(deltas) * sides == sign
     total = weighted_sum(torch.where(agrees, deltas, torch.zeros_like(deltas)), weight)
     if not mean:
         return total

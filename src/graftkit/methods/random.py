@@ -28,6 +28,12 @@ def key_of(seed: int, model: str, occurrence: int, tensor: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
+def derived(key: int, number: int) -> int:
+    """The key of the `number`-th stream beside a stream; the 0th is the stream itself."""
+    text = key.to_bytes(8, "little") + number.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") if number else key
+
+
 @dataclass(frozen=True)
 class Keyed:
     """The random numbers of one tensor, or of the block of it that starts at flat element `start`.
@@ -43,12 +49,17 @@ class Keyed:
         """Streams for models that have no content to name them by."""
         return cls(tuple(key_of(seed, "", k, tensor) for k in range(models)))
 
+    def derived(self, number: int) -> Keyed:
+        """Streams for the `number`-th of several that draw for one tensor; the 0th has these streams themselves."""
+        return Keyed(tuple(derived(key, number) for key in self.keys), self.start)
+
     def uniform(self, like: Tensor) -> Tensor:
         """Uniform numbers in [0, 1), multiples of 2^-32, float64, in the shape of `like` [models, *shape]."""
         import torch
 
         count = like[0].numel()
-        rows = [philox_uniform(key, self.start, count, like.device) for key in self.keys]
+        made = compiled_uniform if like.device.type == "cpu" else philox_uniform
+        rows = [made(key, self.start, count, like.device) for key in self.keys]
         return torch.stack(rows).reshape(like.shape)
 
 
@@ -60,6 +71,15 @@ def philox_uniform(key: int, start: int, count: int, device: object = "cpu") -> 
     words = philox((index & MASK, index >> 32, torch.zeros_like(index), torch.zeros_like(index)), key)
     flat = torch.stack(words, dim=1).reshape(-1)[start % 4 : start % 4 + count]
     return flat.to(torch.float64) * 2.0**-32
+
+
+def compiled_uniform(key: int, start: int, count: int, device: object = "cpu") -> Tensor:
+    """As `philox_uniform`, by the compiled twin."""
+    import torch
+
+    from graftkit.methods.kernels import random_words
+
+    return torch.from_numpy(random_words(key, start, count) * 2.0**-32)
 
 
 def philox(counter: Sequence[Tensor], key: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 from graftkit.methods import PerModel, Range, method
-from graftkit.methods.parts import per_model, weighted_sum
+from graftkit.methods.parts import per_model, spread, weighted_sum
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,22 @@ Weight = Annotated[PerModel, Range(search=(0, 1))]
 
 CANCELLED = 1e-7  # length of a mean of unit vectors below which it has no direction: rounding is about 1e-8
 STRAIGHT = 1e-7  # squared sine of an angle below which the arc is its chord
-ITERATIONS = 100
-CONVERGED = 1e-12
+SINGULAR = 1e-6  # divisor of Model Stock below which it says nothing: the models cancel
+
+
+def _stock_factors(count: int, dots: "np.ndarray", extrapolate: bool) -> "np.ndarray":
+    return spread(float(stock_share(dots, extrapolate)) / count, count)
+
+
+def _mean_direction_factors(count: int, dots: "np.ndarray", weight: PerModel, normalize: bool) -> "np.ndarray":
+    return multislerp_factors(spread(weight, count), dots, normalize)  # type: ignore[no-any-return]
+
+
+def _share_factors(count: int, dots: "np.ndarray", weight: PerModel) -> "np.ndarray":
+    import numpy as np
+
+    t = second_share(spread(weight, count))
+    return np.array(arc_factors(float(t), angle_between(dots.tolist()), math.sin))
 
 
 @method(
@@ -27,9 +41,9 @@ CONVERGED = 1e-12
     grain="element",
     rotations="both",
     model_count=(2, None),
-    kernel="graftkit.methods.kernels:model_stock",
+    factors=_stock_factors,
 )
-def model_stock(deltas: "Tensor", dots: "Tensor") -> "Tensor":
+def model_stock(deltas: "Tensor", dots: "Tensor", *, extrapolate: bool = False) -> "Tensor":
     """Mean of the models, drawn back towards the base by as much as they disagree.
 
     Formula: `t * mean_t delta_t` with `t = T c / (1 + (T - 1) c)`, where c is the mean cosine of all pairs of the T
@@ -37,14 +51,24 @@ def model_stock(deltas: "Tensor", dots: "Tensor") -> "Tensor":
 
     Shapes: deltas [models, *shape], dots [models, models] -> merged delta [*shape].
 
-    Knobs: none; the angles decide.
+    Knobs:
+        extrapolate: follow the formula where the mean cosine is negative, past the base and away from all models
+            (mergekit), instead of returning the base.
 
     Source: Jang et al. 2024 (arXiv 2403.19522), layer-wise; the formula for N models.
 
-    Deviations: a negative mean cosine gives the base (the formula would step past it, away from all models); a pair
-    with a zero delta counts as a right angle; no norm is too small (mergekit 0.1.5 has a floor of 1e-6 on products).
+    Deviations: by default a negative mean cosine gives the base; a pair with a zero delta counts as a right angle; no
+    norm is too small (mergekit 0.1.5 has a floor of 1e-6 on products).
+
+    Use it when: two or more models were tuned for the same task from the same base, and their mean goes too far
+    where they disagree. It expects noise around one solution: deltas of unrelated tasks are nearly at right angles,
+    and it then stays near the base.
+
+    Example: the cosine of the two deltas is 0.42, so their mean goes in by 2 * 0.42 / 1.42 = 0.59.
+        >>> get("model_stock").run(base=base, models=models)
+        tensor([1.8829, 1.1471, 1.0736, 0.7057])
     """
-    share = stock_share(dots.cpu().numpy())
+    share = stock_share(dots.cpu().numpy(), extrapolate)
     return weighted_sum(deltas, [float(share) / len(deltas)] * len(deltas))
 
 
@@ -53,29 +77,37 @@ def model_stock(deltas: "Tensor", dots: "Tensor") -> "Tensor":
     grain="row",
     model_count=(2, None),
 )
-def model_stock_rows(deltas: "Tensor") -> "Tensor":
+def model_stock_rows(deltas: "Tensor", *, extrapolate: bool = False) -> "Tensor":
     """Model Stock for each output channel by itself.
 
     Formula: as `model_stock`, with the cosines of the same row of all deltas.
 
     Shapes: deltas [models, out, ...] -> merged delta [out, ...]; a vector is one row.
 
-    Knobs: none; the angles decide.
+    Knobs:
+        extrapolate: as for `model_stock`.
 
     Source: Jang et al. 2024 (arXiv 2403.19522), filter-wise; mergekit's `filter_wise: true`.
 
     Deviations: as `model_stock`.
+
+    Use it when: as `model_stock`, where some channels agree and others do not.
+
+    Example: the second rows of the two deltas are at right angles, and stay the base's.
+        >>> get("model_stock_rows").run(base=base.reshape(2, 2), models=models.reshape(2, 2, 2))
+        tensor([[2.0191, 1.1699],
+                [1.0000, 1.0000]])
     """
     import torch
 
     rows = deltas.flatten(2) if deltas.ndim > 2 else deltas.reshape(len(deltas), 1, -1)
     wide = rows.detach().to(torch.float64).transpose(0, 1)  # [out, models, in]
-    share = torch.from_numpy(stock_share((wide @ wide.transpose(1, 2)).cpu().numpy()))
+    share = torch.from_numpy(stock_share((wide @ wide.transpose(1, 2)).cpu().numpy(), extrapolate))
     mean = weighted_sum(rows, 1 / len(deltas))
     return (share.to(mean)[:, None] * mean).reshape(deltas.shape[1:])
 
 
-def stock_share(dots: "np.ndarray") -> "np.ndarray":
+def stock_share(dots: "np.ndarray", extrapolate: bool) -> "np.ndarray":
     """How far to go from the base to the mean of the models; dots [..., models, models] -> [...]."""
     import numpy as np
 
@@ -84,8 +116,10 @@ def stock_share(dots: "np.ndarray") -> "np.ndarray":
     scales = norms[..., :, None] * norms[..., None, :]
     cosines = dots / np.where(scales > 0, scales, 1.0)
     pairs = np.triu_indices(count, 1)
-    cosine = np.clip(cosines[..., pairs[0], pairs[1]].mean(axis=-1), 0.0, 1.0)
-    return count * cosine / (1 + (count - 1) * cosine)  # type: ignore[no-any-return]
+    cosine = np.clip(cosines[..., pairs[0], pairs[1]].mean(axis=-1), -1.0 if extrapolate else 0.0, 1.0)
+    divisor = 1 + (count - 1) * cosine
+    singular = np.abs(divisor) < SINGULAR
+    return np.where(singular, 0.0, count * cosine / np.where(singular, 1.0, divisor))
 
 
 @method(
@@ -93,9 +127,15 @@ def stock_share(dots: "np.ndarray") -> "np.ndarray":
     grain="element",
     rotations="both",
     base_optional=True,
-    kernel="graftkit.methods.kernels:karcher",
+    factors=lambda dots, iterations, tolerance: karcher_factors(dots, iterations, tolerance),
 )
-def karcher(deltas: "Tensor", dots: "Tensor") -> "Tensor":
+def karcher(
+    deltas: "Tensor",
+    dots: "Tensor",
+    *,
+    iterations: Annotated[int, Range(0, 10_000)] = 100,
+    tolerance: Annotated[float, Range(0, 1)] = 1e-12,
+) -> "Tensor":
     """Mean on the sphere: the direction from which the angles to all models are least, with their mean norm.
 
     Formula: `mean_t |W_t| * mu` with the unit vector mu that has the least sum of squared angles to `W_t / |W_t|`;
@@ -103,18 +143,26 @@ def karcher(deltas: "Tensor", dots: "Tensor") -> "Tensor":
 
     Shapes: deltas [models, *shape], dots [models, models] -> [*shape]; the models themselves without a base.
 
-    Knobs: none; all models count alike.
+    Knobs:
+        iterations: most steps; 0 is the normalised mean direction (mergekit: 10).
+        tolerance: length of a step, in radians, at which it stops (mergekit: 1e-5).
 
     Source: Karcher 1977; mergekit 0.1.5, method `karcher`.
 
-    Deviations: with a base it works on deltas (mergekit ignores the base; leave it out to do so here); it iterates
-    until it stands still, at most 100 times (mergekit: to steps of 1e-5, at most 10); directions that cancel give the
-    mean of the tensors.
+    Deviations: with a base it works on deltas (mergekit ignores the base; leave it out to do so here); by default it
+    iterates until it stands still; directions that cancel give the mean of the tensors.
+
+    Use it when: several models are to count alike in direction, whatever their norms, and none is the first or the
+    last.
+
+    Example: two models without a base; the norm is 3.22, the mean of theirs.
+        >>> get("karcher").run(models=models)
+        tensor([2.6114, 1.3776, 1.1823, 0.4935])
     """
-    return weighted_sum(deltas, karcher_factors(dots.cpu().numpy()).tolist())
+    return weighted_sum(deltas, karcher_factors(dots.cpu().numpy(), iterations, tolerance).tolist())
 
 
-def karcher_factors(dots: "np.ndarray") -> "np.ndarray":
+def karcher_factors(dots: "np.ndarray", iterations: int, tolerance: float) -> "np.ndarray":
     """The factor of each tensor in the Karcher mean of all; dots [models, models] -> [models]."""
     import numpy as np
 
@@ -127,10 +175,10 @@ def karcher_factors(dots: "np.ndarray") -> "np.ndarray":
     if length <= CANCELLED:
         return np.full(len(dots), 1 / len(dots))
     point = point / length
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         tangent = _tangent(point, cosines, real)
         step = _length(tangent, cosines)
-        if step <= CONVERGED:
+        if step <= tolerance:
             break
         point = math.cos(step) * point + math.sin(step) / step * tangent
         point = point / _length(point, cosines)
@@ -156,7 +204,7 @@ def _tangent(point: "np.ndarray", cosines: "np.ndarray", real: "np.ndarray") -> 
     grain="element",
     rotations="both",
     base_optional=True,
-    kernel="graftkit.methods.kernels:multislerp",
+    factors=_mean_direction_factors,
 )
 def multislerp(deltas: "Tensor", dots: "Tensor", *, weight: Weight = 1.0, normalize: bool = True) -> "Tensor":
     """Weighted mean direction of any number of models, with their weighted mean norm.
@@ -174,6 +222,12 @@ def multislerp(deltas: "Tensor", dots: "Tensor", *, weight: Weight = 1.0, normal
 
     Deviations: mergekit adds a step in the tangent space at mu, which is zero in exact arithmetic; here it is left out.
     Directions that cancel give the weighted mean of the tensors (mergekit refuses more than two).
+
+    Use it when: SLERP is wanted of more than two models, or with weights.
+
+    Example: with a base it is the deltas' directions that are averaged.
+        >>> get("multislerp").run(base=base, models=models, weight=[3, 1])
+        tensor([2.9515, 0.9184, 1.2033, 0.6750])
     """
     weights = per_model(weight, dots).reshape(-1)
     return weighted_sum(deltas, multislerp_factors(weights, dots, normalize))
@@ -196,7 +250,7 @@ def multislerp_factors(weights: Any, dots: Any, normalize: bool) -> Any:
     rotations="both",
     model_count=(2, 2),
     base_optional=True,
-    kernel="graftkit.methods.kernels:nuslerp",
+    factors=_share_factors,
 )
 def nuslerp(deltas: "Tensor", dots: "Tensor", *, weight: Weight = 1.0) -> "Tensor":
     """Spherical interpolation between two models, or between their deltas, at the point that their weights name.
@@ -211,14 +265,96 @@ def nuslerp(deltas: "Tensor", dots: "Tensor", *, weight: Weight = 1.0) -> "Tenso
 
     Source: mergekit 0.1.5, method `nuslerp` with `nuslerp_flatten: true`; no paper.
 
-    Deviations: only whole tensors, not single rows or columns. The line is taken for a squared sine up to 1e-7
-    (mergekit: 1e-16, below float32's rounding), and weights that sum to zero are refused (mergekit: the middle).
+    Deviations: the line is taken for a squared sine up to 1e-7 (mergekit: 1e-16, below float32's rounding), and weights
+    that sum to zero are refused (mergekit: the middle). Single rows and columns have methods of their own.
+
+    Use it when: SLERP is wanted of deltas, or by two weights instead of a place.
+
+    Example: a quarter of the way from the first delta to the second.
+        >>> get("nuslerp").run(base=base, models=models, weight=[3, 1])
+        tensor([2.9706, 0.8942, 1.2076, 0.6905])
     """
     import torch
 
     t = second_share(per_model(weight, dots).reshape(-1))
     factors: Any = torch.stack(arc_factors(t, angle_between(dots.tolist()), torch.sin))
     return weighted_sum(deltas, factors)
+
+
+@method(
+    source="mergekit, method `nuslerp`",
+    grain="row",
+    model_count=(2, 2),
+    base_optional=True,
+)
+def nuslerp_rows(deltas: "Tensor", *, weight: Weight = 1.0) -> "Tensor":
+    """NuSLERP of each row by itself.
+
+    Formula: as `nuslerp`, with the angle between the same row of both, along the last axis.
+
+    Shapes: deltas [2, *shape] -> [*shape]; a vector is one row.
+
+    Knobs:
+        weight: as for `nuslerp`.
+
+    Source: mergekit 0.1.5, method `nuslerp` with `nuslerp_flatten: false`; no paper.
+
+    Deviations: as `nuslerp`; a row that is zero in one model gives the line (mergekit: sin((1-t) pi/2), sin(t pi/2)).
+
+    Use it when: as `nuslerp`, where rows should turn independently, each by its own angle.
+
+    Example: the second rows of the two deltas are at right angles: each goes in by sin 45 = 0.71.
+        >>> get("nuslerp_rows").run(base=base.reshape(2, 2), models=models.reshape(2, 2, 2))
+        tensor([[2.7237, 1.2873],
+                [1.1768, 0.2929]])
+    """
+    return _arcs_along(deltas, weight, -1)
+
+
+@method(
+    source="mergekit, method `nuslerp`",
+    grain="tensor",
+    model_count=(2, 2),
+    base_optional=True,
+)
+def nuslerp_columns(deltas: "Tensor", *, weight: Weight = 1.0) -> "Tensor":
+    """NuSLERP of each column by itself.
+
+    Formula: as `nuslerp`, with the angle between the same column of both, along the first axis.
+
+    Shapes: deltas [2, *shape] -> [*shape]; a vector is one column.
+
+    Knobs:
+        weight: as for `nuslerp`.
+
+    Source: mergekit 0.1.5, method `nuslerp` with `nuslerp_flatten: false` and `nuslerp_row_wise: true`; no paper.
+
+    Deviations: as `nuslerp_rows`.
+
+    Use it when: as `nuslerp_rows`, where columns (what one input feeds) should turn independently.
+
+    Example: the columns [2, 0.25] and [1, 0] of the deltas are nearly parallel, and give nearly their mean.
+        >>> get("nuslerp_columns").run(base=base.reshape(2, 2), models=models.reshape(2, 2, 2))
+        tensor([[ 2.5029,  1.6533],
+                [ 1.1252, -0.3066]])
+    """
+    return _arcs_along(deltas, weight, 0)
+
+
+def _arcs_along(deltas: "Tensor", weight: PerModel, axis: int) -> "Tensor":
+    import torch
+
+    t = second_share(per_model(weight, deltas).reshape(-1))
+    whole = deltas if deltas.ndim > 1 else deltas[:, None]
+    lines = whole.movedim(axis + 1 if axis >= 0 else axis, -1)  # [2, ..., line]
+    wide = lines.detach().double()
+    scale = wide.norm(dim=-1, keepdim=True).prod(dim=0)
+    cosine = torch.where(scale > 0, wide.prod(dim=0).sum(dim=-1, keepdim=True) / scale.clamp(min=1e-300), 1.0)
+    straight = 1 - cosine.clamp(-1, 1) ** 2 <= STRAIGHT
+    angle = torch.acos(torch.where(straight, 0.0, cosine)).to(deltas.dtype)
+    arc = [torch.sin((1 - t) * angle) / torch.sin(angle), torch.sin(t * angle) / torch.sin(angle)]
+    first, second = (torch.where(straight, line, part) for line, part in zip((1 - t, t), arc, strict=True))
+    return (first * lines[0] + second * lines[1]).movedim(-1, axis).reshape(deltas.shape[1:])
 
 
 def second_share(weights: Any) -> Any:

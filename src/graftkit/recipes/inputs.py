@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from graftkit.checkpoints.absent import absent_base
 from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.headers import ITEMSIZE, METADATA, TensorInfo, encode_header
-from graftkit.checkpoints.resolve import Source, cache_directory, directory_of, open_source
+from graftkit.checkpoints.resolve import Source, cache_directory, directory_of, open_source, split_task
 from graftkit.checkpoints.sources import Checkpoint, full_hash
 from graftkit.errors import CheckpointError, PlanError
 from graftkit.methods.random import key_of
-from graftkit.recipes.recipe import Recipe
+from graftkit.recipes.recipe import ModelEntry, Recipe
 
 if TYPE_CHECKING:
     from graftkit.recipes.plan import Plan
@@ -32,6 +35,7 @@ class Named:
     source: Source
     fingerprint: str
     nested: Plan | None = None
+    placed: bool = False  # an adapter of which the recipe says itself, by `base+adapter`, what it stands on
 
     @property
     def kind(self) -> str:
@@ -50,11 +54,11 @@ class Opening:
 
     allow_pickle: bool
     full_hash: bool
-    plan_nested: Callable[[Path], Plan]
+    plan_nested: Callable[[Path | Recipe], Plan]
 
-    def directory(self, name: str, part: str, directory: Path) -> Named:
-        """Opens a checkpoint or an adapter."""
-        source = open_source(directory, allow_pickle=self.allow_pickle)
+    def directory(self, name: str, part: str, directory: Path, task: str = "") -> Named:
+        """Opens a checkpoint or an adapter, or the view of a task of a unified model."""
+        source = open_source(directory, task=task, allow_pickle=self.allow_pickle)
         files = source.store.files if isinstance(source, Adapter) else source.files
         return Named(name, part, source, full_hash(files) if self.full_hash else source.fingerprint())
 
@@ -62,27 +66,73 @@ class Opening:
 def open_all(recipe: Recipe, opening: Opening) -> tuple[tuple[Named, ...], int | None, tuple[int, ...]]:
     """The sources, the index of the base among them, and for each of the recipe's models its index.
 
-    A model that stands twice is opened once. Without a `base:`, adapters stand on the base that they record.
+    A model that stands twice is opened once. Without a `base:`, adapters stand on the base that they record. A model
+    `A+B` is the adapter B on the checkpoint A: read as it is where A is the base, else merged first.
     """
     sources: list[Named] = []
-    places: dict[Path, int] = {}
+    places: dict[tuple[Path, str], int] = {}
 
     def add(name: str, part: str) -> int:
-        file = _recipe_file(name, recipe.directory)
-        path = file or directory_of(name, recipe.directory, allow_pickle=opening.allow_pickle)
-        if path.resolve() not in places:
-            places[path.resolve()] = len(sources)
-            made = _nested(name, part, opening.plan_nested(file)) if file else opening.directory(name, part, path)
+        below, adapter = _split_adapter(name, recipe.directory)
+        if below and not _is_base(below, recipe):
+            key = Path(name), "+"
+            if key not in places:
+                places[key] = len(sources)
+                sources.append(_on_checkpoint(name, part, below, adapter, recipe, opening))
+            return places[key]
+        if below:
+            return add_adapter(name, part, adapter)
+        file, (model, task) = _recipe_file(name, recipe.directory), split_task(name, recipe.directory)
+        path = file or directory_of(model, recipe.directory, allow_pickle=opening.allow_pickle)
+        key = path.resolve(), task
+        if key not in places:
+            places[key] = len(sources)
+            made = _nested(name, part, opening.plan_nested(file)) if file else opening.directory(name, part, path, task)
             sources.append(made)
-        return places[path.resolve()]
+        return places[key]
+
+    def add_adapter(name: str, part: str, adapter: str) -> int:
+        key = directory_of(adapter, recipe.directory).resolve(), "+"
+        if key not in places:
+            places[key] = len(sources)
+            sources.append(_placed(name, opening.directory(name, part, key[0])))
+        return places[key]
 
     base = add(recipe.base, "base") if recipe.base is not None else None
     if base is not None and isinstance(sources[base].source, Adapter):
         raise PlanError(f"recipe.base: {recipe.base!r} is an adapter; the base is a whole checkpoint")
-    entries = tuple(add(entry.model, "model") for entry in recipe.models)
+    entries = tuple(add(name, "model") for name in recipe.listed)
+    entries += tuple(add(name, "base") for name in dict.fromkeys(part.base.model for part in recipe.slices) if name)
     if base is None:
-        base = _recorded_base(sources, add)
+        base = _recorded_base(sources, add, recipe)
     return tuple(sources), base, entries
+
+
+def _split_adapter(name: str, directory: Path) -> tuple[str, str]:
+    """The checkpoint and the adapter of `A+B`; two empty names for any other."""
+    below, plus, adapter = name.partition("+")
+    if not plus or "+" in adapter or any((root / name).exists() for root in (directory, Path())):
+        return "", ""
+    return below, adapter
+
+
+def _is_base(name: str, recipe: Recipe) -> bool:
+    if recipe.base is None or name == recipe.base:
+        return name == recipe.base
+    return directory_of(name, recipe.directory).resolve() == directory_of(recipe.base, recipe.directory).resolve()
+
+
+def _placed(name: str, adapter: Named) -> Named:
+    if not isinstance(adapter.source, Adapter):
+        raise PlanError(f"model {name!r}: what stands behind the + is no adapter; name it as a model of its own")
+    return replace(adapter, placed=True)
+
+
+def _on_checkpoint(name: str, part: str, below: str, adapter: str, recipe: Recipe, opening: Opening) -> Named:
+    """An adapter on a checkpoint that is not the recipe's base, as a model that is made first."""
+    entry = ModelEntry(model=f"{below}+{adapter}")
+    made = Recipe(method="task_arithmetic", base=below, models=[entry], directory=recipe.directory)  # type: ignore[call-arg]
+    return _nested(name, part, opening.plan_nested(made))
 
 
 def _recipe_file(name: str, directory: Path) -> Path | None:
@@ -99,21 +149,27 @@ def _nested(name: str, part: str, nested: Plan) -> Named:
     directory = cache_directory() / "merges" / f"{nested.hash}-{signature(nested.sources)[:8]}"
     tensors: dict[str, TensorInfo] = {}
     for shard in nested.shards:
-        offsets = encode_header([(s.name, s.dtype, s.shape) for s in shard.steps], METADATA)[1]
-        for s in shard.steps:
-            size = s.elements * ITEMSIZE[s.dtype]
-            tensors[s.name] = TensorInfo(
-                s.name, s.dtype, s.shape, directory / shard.file, offsets[s.name], offsets[s.name] + size
-            )
-    config = nested.sources[nested.like].source.config
+        file, offsets = directory / shard.file, encode_header(shard.layout, METADATA)[1]
+        for tensor, dtype, shape in shard.layout:
+            size = math.prod(shape) * ITEMSIZE[dtype]
+            tensors[tensor] = TensorInfo(tensor, dtype, shape, file, offsets[tensor], offsets[tensor] + size)
+    if nested.recipe.output.as_ == "adapter":
+        raise PlanError(f"{part} {name!r}: a recipe that makes an adapter; merge it first, and name what it made")
+    config = nested.config or nested.sources[nested.like].source.config
     return Named(name, part, Checkpoint(directory, tensors, config), nested.hash, nested)
 
 
-def _recorded_base(sources: list[Named], add: Callable[[str, str], int]) -> int | None:
-    """Opens the base that the recipe's adapters record, when the recipe names none and there are adapters."""
-    recorded = {s.source.base_name for s in sources if isinstance(s.source, Adapter)}
+def _recorded_base(sources: list[Named], add: Callable[[str, str], int], recipe: Recipe) -> int | None:
+    """Opens the base that the recipe's adapters record, when the recipe names none and there are adapters.
+
+    For a merge of adapters into an adapter it need not be here, since its weights are not read.
+    """
+    opened = [s.source for s in sources if isinstance(s.source, Adapter)]
+    recorded, adapter = {source.base_name for source in opened}, recipe.output.as_ == "adapter"
     if not recorded:
         return None
+    if adapter and len(opened) == len(sources) and (len(recorded) == 1 or recipe.accept_base):
+        return _here_or_absent(sources, opened, add)
     if len(recorded) > 1 or not min(recorded):
         raise PlanError(
             f"recipe.base is missing: the adapters record different bases ({', '.join(sorted(recorded)) or 'none'})"
@@ -124,6 +180,16 @@ def _recorded_base(sources: list[Named], add: Callable[[str, str], int]) -> int 
         raise PlanError(
             f"recipe.base is missing, and the base that the adapters record is not here: {error}"
         ) from error
+
+
+def _here_or_absent(sources: list[Named], adapters: list[Adapter], add: Callable[[str, str], int]) -> int:
+    """The base that adapters record, or what they say of it where it is not here."""
+    name = adapters[0].base_name
+    with suppress(CheckpointError):
+        if name:
+            return add(name, "base")
+    sources.append(Named(name or "unknown", "base", absent_base(name, adapters), ""))
+    return len(sources) - 1
 
 
 def files_of(sources: tuple[Named, ...]) -> tuple[Path, ...]:
@@ -154,7 +220,7 @@ def check_base(recipe: Recipe, adapter: Named, base: Named) -> None:
     """Refuses an adapter that records a base of another name, unless the recipe says `accept_base: true`."""
     recorded = adapter.source.base_name if isinstance(adapter.source, Adapter) else ""
     own = (base.name, str(base.source.directory.resolve()), str(base.source.config.get("_name_or_path", "")))
-    if recorded and not recipe.accept_base and _last(recorded) not in map(_last, own):
+    if recorded and not recipe.accept_base and not adapter.placed and _last(recorded) not in map(_last, own):
         raise PlanError(
             f"{adapter.label} was trained on {recorded!r}, the recipe's base is {base.name!r}; "
             "if they are the same weights, say `accept_base: true`"
@@ -176,9 +242,14 @@ def keys(recipe: Recipe, sources: tuple[Named, ...], entries: tuple[int, ...], t
     return tuple(result)
 
 
-def notes(recipe: Recipe, sources: tuple[Named, ...]) -> tuple[str, ...]:
+def notes(recipe: Recipe, sources: tuple[Named, ...], like: int, full_hash: bool) -> tuple[str, ...]:
     """What a reader of the plan should know although nothing is wrong."""
-    found = []
+    found = list(recipe.notes)
+    if not sources[like].source.config and recipe.output.as_ == "checkpoint":
+        found.append(
+            f"{sources[like].label} has no config.json, so the output will have none, and transformers cannot load it: "
+            "put one beside the weights, or name a model that has one as output.like"
+        )
     if recipe.accept_base:
         others = {s.source.base_name for s in sources if isinstance(s.source, Adapter)}
         found += [
@@ -187,7 +258,7 @@ def notes(recipe: Recipe, sources: tuple[Named, ...]) -> tuple[str, ...]:
             if name
         ]
     base = next((s for s in sources if s.role == "base" and isinstance(s.source, Checkpoint)), None)
-    if base:
-        found += [f"{s.label} looks the same as the base (header, size and samples agree)" for s in sources
-                  if s is not base and s.fingerprint == base.fingerprint]  # fmt: skip
+    same = [s.label for s in sources if base and s is not base and s.fingerprint == base.fingerprint]
+    told = "is the same as the base, byte for byte" if full_hash else "looks the same as the base, by samples"
+    found += [f"{label} {told} of its weight files" for label in same]
     return tuple(found)

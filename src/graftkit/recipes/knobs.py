@@ -9,11 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 from graftkit import methods
 from graftkit.errors import PlanError, RecipeError, unknown
-from graftkit.recipes import layout
-from graftkit.recipes.recipe import Recipe
+from graftkit.methods.composition import Kind, get_part
+from graftkit.recipes import coefficients, layout
+from graftkit.recipes.recipe import Recipe, Rule
+
+KINDS: dict[Kind, str] = {"preparation": "prepare", "finisher": "finish"}
+"""The keys of a recipe under which parts around the method stand."""
 
 if TYPE_CHECKING:
-    from graftkit.recipes.plan import Step
+    from graftkit.recipes.steps import Step
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A preparation or a finisher for one tensor, and the values of its knobs."""
+
+    name: str
+    knobs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where a tensor lies for a gradient: its share of the way down, and whether it is `inside` the stack of layers."""
+
+    share: float
+    inside: bool = True
 
 
 @dataclass(frozen=True)
@@ -22,16 +42,39 @@ class Setting:
 
     method: str
     knobs: Mapping[str, Any]
+    prepare: tuple[Chosen, ...] = ()
+    finish: tuple[Chosen, ...] = ()
 
 
 def check_names(recipe: Recipe) -> None:
     """Refuses unknown methods and knobs, wherever they stand, before any model is opened."""
     known = [methods.get(recipe.method)]
+    for kind in KINDS:
+        _check_parts(kind, recipe, "recipe")
+        for r, rule in enumerate(recipe.rules):
+            _check_parts(kind, rule, f"recipe.rules[{r}]")
     for r, rule in enumerate(recipe.rules):
+        if rule.where.slice is not None and rule.where.slice >= len(recipe.slices):
+            raise RecipeError(
+                f"recipe.rules[{r}].where.slice: got {rule.where.slice}, and the recipe has {len(recipe.slices)} "
+                "slices, counted from 0"
+            )
         used = methods.get(rule.method) if rule.method else known[0]
         known.append(used)
         _check_known(rule.knobs, used.knobs, f"recipe.rules[{r}].knobs", used.name)
     _check_known(recipe.knobs, known[0].knobs, "recipe.knobs", recipe.method)
+    for k, part in enumerate(recipe.slices):
+        used = methods.get(part.method) if part.method else known[0]
+        known.append(used)
+        _check_known(part.knobs, used.knobs, f"recipe.slices[{k}].knobs", used.name)
+        beside = {
+            name: knob for other in (used, *known[1 : len(recipe.rules) + 1]) for name, knob in other.knobs.items()
+        }
+        for n, source in enumerate(part.sources):
+            place = f"recipe.slices[{k}].sources[{n}]"
+            _check_known(
+                source.knobs, [m for m, knob in beside.items() if knob.per_model], place, used.name, "per-model knob"
+            )
     everywhere = {name: knob for used in known for name, knob in used.knobs.items() if knob.per_model}
     for k, entry in enumerate(recipe.models):
         _check_known(entry.knobs, everywhere, f"recipe.models[{k}]", recipe.method, "per-model knob")
@@ -49,6 +92,7 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
     `last_layer` is the number of the output's deepest layer, where gradients end.
     """
     chosen, given = recipe.method, {key: (value, f"recipe.knobs.{key}") for key, value in recipe.knobs.items()}
+    given |= _for_lookups(chosen, name)
     beside = _beside(recipe)
     for r, rule in enumerate(recipe.rules):
         if not layout.matches(rule.where, name):
@@ -56,10 +100,16 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
         if rule.method and rule.method != chosen:
             chosen = rule.method
             given = {key: item for key, item in given.items() if key in methods.get(chosen).knobs}
-        given |= {key: (value, f"recipe.rules[{r}].knobs.{key}") for key, value in rule.knobs.items()}
-        beside = {key: item for key, item in beside.items() if key not in rule.knobs}
+            given |= _for_lookups(chosen, name)
+        for key, value in rule.knobs.items():
+            before = beside.pop(key, given.get(key, (_Default, "")))[0]
+            given[key] = (_over(before, value), f"recipe.rules[{r}].knobs.{key}")
     method, position = methods.get(chosen), _position(name, last_layer)
     given |= {key: item for key, item in beside.items() if key in method.knobs}
+    given = {
+        key: (coefficients.given(item, where, key, recipe, name) if method.knobs[key].per_model else item, where)
+        for key, (item, where) in given.items()
+    }
     values = {key: _value(knob, given.get(key), position, len(recipe.models)) for key, knob in method.knobs.items()}
     if values.get("normalize") and abs(sum(values["weight"])) <= 1e-12 * sum(map(abs, values["weight"])):
         where = given["weight"][1] if "weight" in given else "recipe.knobs.weight"
@@ -68,7 +118,46 @@ def settings(recipe: Recipe, name: str, last_layer: int) -> Setting:
         raise RecipeError(
             f"{chosen}: take is {values['take']}, but there are {len(recipe.models)} models, counted from 0"
         )
-    return Setting(chosen, values)
+    prepare, finish = (_composed(recipe, kind, name, position) for kind in KINDS)
+    return Setting(chosen, values, prepare, finish)
+
+
+def _for_lookups(method: str, name: str) -> dict[str, tuple[Any, str]]:
+    """What a method says of the knobs of embeddings and heads."""
+    if layout.role(name) not in ("embedding", "head"):
+        return {}
+    return {
+        key: (value, f"{method}'s own for embeddings and heads") for key, value in methods.get(method).lookups.items()
+    }
+
+
+def _check_parts(kind: Kind, section: Recipe | Rule, where: str) -> None:
+    """Refuses unknown preparations or finishers, and unknown knobs of them."""
+    for k, step in enumerate(getattr(section, KINDS[kind]) or []):
+        for name, given in step.items():
+            place = f"{where}.{KINDS[kind]}[{k}]"
+            try:
+                part = get_part(kind, name)
+            except RecipeError as error:
+                raise RecipeError(f"{place}: {error}") from None
+            _check_known(given, part.knobs, place, name)
+
+
+def _composed(recipe: Recipe, kind: Kind, name: str, position: Depth) -> tuple[Chosen, ...]:
+    """The preparations or finishers of one tensor: the recipe's, or those of the last rule that says any."""
+    key = KINDS[kind]
+    steps, where = getattr(recipe, key), f"recipe.{key}"
+    for r, rule in enumerate(recipe.rules):
+        own = getattr(rule, key)
+        if own is not None and layout.matches(rule.where, name):
+            steps, where = own, f"recipe.rules[{r}].{key}"
+    found = []
+    for k, (part, given) in enumerate(pair for step in steps for pair in step.items()):
+        places = {key: (value, f"{where}[{k}].{key}") for key, value in given.items()}
+        knobs = get_part(kind, part).knobs
+        values = {n: _value(knob, places.get(n), position, len(recipe.models)) for n, knob in knobs.items()}
+        found.append(Chosen(part, values))
+    return tuple(found)
 
 
 def _beside(recipe: Recipe) -> dict[str, tuple[Any, str]]:
@@ -86,44 +175,60 @@ def _beside(recipe: Recipe) -> dict[str, tuple[Any, str]]:
     return found
 
 
+def _over(before: Any, value: Any) -> Any:
+    """A rule's value; where it is a list with nothing for a model, that model's value stays as it was."""
+    if not isinstance(value, list) or None not in value:
+        return value
+    held = before if isinstance(before, list) else [before] * len(value)
+    return [held[k] if item is None and k < len(held) else item for k, item in enumerate(value)]
+
+
 class _Default:
     """Stands for a knob's default until the method is known."""
 
 
-def _value(knob: Any, given: tuple[Any, str] | None, position: float, models: int) -> Any:
+def _value(knob: Any, given: tuple[Any, str] | None, position: Depth, models: int) -> Any:
     value, where = given if given else (knob.default, f"default of {knob.name}")
+    if isinstance(value, coefficients.Measured):
+        return value
     if isinstance(value, list) and knob.per_model:
         if len(value) != models:
             raise RecipeError(f"{where}: {len(value)} values for {models} models; give one value, or one per model")
         value = [
-            knob.default if item is _Default else _at(item, position, f"{where}[{k}]") for k, item in enumerate(value)
+            knob.default if item is _Default else at(item, position, f"{where}[{k}]") for k, item in enumerate(value)
         ]
     else:
-        value = _at(value, position, where)
+        value = at(value, position, where)
     checked = knob.check(value, where)
     return (checked,) * models if knob.per_model and not isinstance(checked, tuple) else checked
 
 
-def _at(value: Any, position: float, where: str) -> Any:
-    """A gradient's value at a relative depth in [0, 1], by straight lines between its points."""
+def at(value: Any, depth: Depth, where: str) -> Any:
+    """A gradient's value at a depth, by straight lines between its points; `outside` the layers it may have its own."""
     if not isinstance(value, Mapping):
         return value
     points: Any = value.get("gradient")
-    good = set(value) == {"gradient"} and isinstance(points, list) and bool(points)
-    if not good or not all(isinstance(p, (int, float)) and not isinstance(p, bool) and abs(p) < 1e300 for p in points):
-        raise RecipeError(f"{where}: got {dict(value)!r}, expected a number or {{gradient: [0.2, 0.8]}}")
-    place = position * (len(points) - 1)
+    good = {"gradient"} <= set(value) <= {"gradient", "outside"} and isinstance(points, list) and bool(points)
+    numbers = [*points, value.get("outside", 0.0)] if good else []
+    if not good or not all(isinstance(p, (int, float)) and not isinstance(p, bool) and abs(p) < 1e300 for p in numbers):
+        raise RecipeError(
+            f"{where}: got {dict(value)!r}, expected a number, {{gradient: [0.2, 0.8]}}, or the same with a number for "
+            "what is `outside` the layers"
+        )
+    if not depth.inside and "outside" in value:
+        return value["outside"]
+    place = depth.share * (len(points) - 1)
     left = min(int(place), len(points) - 1)
     right = min(left + 1, len(points) - 1)
     return points[left] + (points[right] - points[left]) * (place - left)
 
 
-def _position(name: str, last_layer: int) -> float:
-    """Relative depth of a tensor: 0 in the first layer and before the stack, 1 in the last and after it."""
+def _position(name: str, last_layer: int) -> Depth:
+    """The depth of a tensor: 0 in the first layer and before the stack, 1 in the last and after it."""
     number = layout.layer(name)
     if number is None:
-        return 0.0 if layout.role(name) == "embedding" else 1.0
-    return number / last_layer if last_layer else 0.0
+        return Depth(0.0 if layout.role(name) == "embedding" else 1.0, False)
+    return Depth(number / last_layer if last_layer else 1.0)
 
 
 def contributes(step: Step, k: int) -> bool:
@@ -137,10 +242,10 @@ def contributes(step: Step, k: int) -> bool:
 
 
 def check_rules_match(recipe: Recipe, names: Iterable[str]) -> None:
-    """Refuses a rule whose condition holds for no tensor of the output."""
+    """Refuses a rule whose condition holds for no tensor of the output, unless it says that it is optional."""
     listed = list(names)
     for r, rule in enumerate(recipe.rules):
-        if not any(layout.matches(rule.where, name) for name in listed):
+        if not rule.optional and not any(layout.matches(rule.where, name) for name in listed):
             condition = rule.where.model_dump(exclude_none=True)
             raise PlanError(
                 f"recipe.rules[{r}].where: {condition} matches no tensor; names look like {listed[len(listed) // 2]!r}"

@@ -20,7 +20,12 @@ from graftkit.recipes.recipe import Where
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids|masked_bias|attn\.bias)$")
 """Constants that old checkpoints carry along; they are computed, not learnt, so a model may lack them."""
 
+EXPERTS = re.compile(r"\.experts\.")
+ENCODERS = re.compile(r"(^|[._])(encoder|vision|visual|audio|image|tower|resampler|perceiver|projector)", re.IGNORECASE)
+"""Stacks that feed a language model, and are none."""
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+_POSITIONS = re.compile(r"(wpe|embed_positions|position_embeddings)\.weight$")
 _ROLES = (
     (
         "embedding",
@@ -29,7 +34,7 @@ _ROLES = (
     ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.(weight|bias)$")),
     ("norm", re.compile(r"(norm|layernorm|ln_\w+|ln)\d*\.(weight|bias)$", re.IGNORECASE)),
     ("attention", re.compile(r"(attn|attention)", re.IGNORECASE)),
-    ("mlp", re.compile(r"(mlp|feed_forward|ffn|experts|\.fc\d)", re.IGNORECASE)),
+    ("mlp", re.compile(r"(mlp|feed_forward|ffn|experts|moe|\.fc\d)", re.IGNORECASE)),
 )
 
 
@@ -44,6 +49,16 @@ def layer(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def stacks(names: Iterable[str]) -> dict[str, dict[int, dict[str, str]]]:
+    """The stacks of layers among some tensors: prefix (`model.layers.`), number, what follows it, to the whole name."""
+    found: dict[str, dict[int, dict[str, str]]] = {}
+    for name in names:
+        if match := _LAYER.search(name):
+            layers = found.setdefault(name[: match.start(1)], {})
+            layers.setdefault(int(match[1]), {})[name[match.end() :]] = name
+    return found
+
+
 def matches(where: Where, name: str) -> bool:
     """Whether a rule's condition holds for an output tensor."""
     patterns = [where.name] if isinstance(where.name, str) else where.name
@@ -55,10 +70,13 @@ def matches(where: Where, name: str) -> bool:
     )
 
 
-def match_checkpoint(wanted: Mapping[str, TensorInfo], source: Checkpoint, label: str) -> dict[str, str]:
+def match_checkpoint(
+    wanted: Mapping[str, TensorInfo], source: Checkpoint, label: str, *, rows: bool = False
+) -> dict[str, str]:
     """For every wanted output tensor, the name under which the model holds it.
 
-    Raises PlanError when tensors are missing, when shapes differ, or when the model has tensors that have no place.
+    `rows`: embeddings and heads may differ in their rows, which the vocabulary aligns. Raises PlanError when tensors
+    are missing, when shapes differ, or when the model has tensors that have no place.
     """
     held = source.tensors
     prefix_out, prefix_in = _prefixes(wanted, held)
@@ -71,8 +89,11 @@ def match_checkpoint(wanted: Mapping[str, TensorInfo], source: Checkpoint, label
         elif not BUFFERS.search(name):
             missing.append(name)
     if missing:
-        raise PlanError(f"{label} lacks {_some(missing)}; all models of a merge need the same tensors")
-    _check_shapes(wanted, {name: held[other].shape for name, other in found.items()}, label)
+        hint = "all models of a merge need the same tensors"
+        if any(EXPERTS.search(n) for n in missing) and any(EXPERTS.search(n) for n in held):
+            hint = "its experts are kept in other tensors; choose output.like from the models that keep them apart"
+        raise PlanError(f"{label} lacks {_some(missing)}; {hint}")
+    _check_shapes(wanted, {name: held[other].shape for name, other in found.items()}, label, rows)
     surplus = [n for n in held if n not in set(found.values()) and not BUFFERS.search(n) and not _is_tie(n, source)]
     if surplus:
         raise PlanError(
@@ -81,7 +102,9 @@ def match_checkpoint(wanted: Mapping[str, TensorInfo], source: Checkpoint, label
     return found
 
 
-def match_adapter(wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str) -> dict[str, str]:
+def match_adapter(
+    wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str, *, rows: bool = False
+) -> dict[str, str]:
     """For every output tensor that the adapter changes, the adapter's own name of it.
 
     Raises PlanError when a module has no place in the output, or when shapes do not fit.
@@ -89,6 +112,8 @@ def match_adapter(wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str
     names = [*adapter.factors, *adapter.tensors]
     found = {}
     for name in names:
+        if role(name) == "head" and name not in wanted and adapter.config.get("ensure_weight_tying"):
+            continue  # the embedding's change, under its other name
         places = [name] if name in wanted else [w for w in wanted if w.endswith("." + name) or name.endswith("." + w)]
         if len(places) != 1:
             verdict = "is in several places" if places else "is not"
@@ -104,16 +129,27 @@ def match_adapter(wanted: Mapping[str, TensorInfo], adapter: Adapter, label: str
     shapes = {
         w: adapter.factors[n].shape if n in adapter.factors else adapter.tensors[n].shape for w, n in found.items()
     }
-    _check_shapes(wanted, shapes, label)
+    _check_shapes(wanted, shapes, label, rows)
     return found
 
 
-def _check_shapes(wanted: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], label: str) -> None:
+def has_rows(name: str) -> bool:
+    """Whether a tensor has a row for each token."""
+    return role(name) in ("embedding", "head") and not _POSITIONS.search(name)
+
+
+def _check_shapes(
+    wanted: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]], label: str, aligned: bool = False
+) -> None:
     for name, shape in shapes.items():
         if shape != wanted[name].shape:
-            rows = role(name) in ("embedding", "head") and shape[1:] == wanted[name].shape[1:]
+            rows = has_rows(name) and shape[1:] == wanted[name].shape[1:]
+            if rows and aligned:
+                continue
             hint = (
-                "vocabularies differ, and rows are never cropped" if rows else "the models are not of one architecture"
+                "vocabularies differ; align them by token with `output: {tokenizer: base}` (or union, or a model)"
+                if rows
+                else "the models are not of one architecture"
             )
             raise PlanError(f"{label} has {name!r} as {list(shape)}, the output as {list(wanted[name].shape)}: {hint}")
 

@@ -7,56 +7,34 @@ over workers; the executor only carries it out.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import graftkit
 from graftkit import methods
-from graftkit.checkpoints.adapters import Adapter
-from graftkit.checkpoints.headers import DTYPE_NAMES, FLOATING, ITEMSIZE, TensorInfo
-from graftkit.checkpoints.resolve import Source
-from graftkit.checkpoints.sources import Checkpoint
+from graftkit.checkpoints.adapters import WEIGHTS, Adapter
+from graftkit.checkpoints.gates import Gates
+from graftkit.checkpoints.headers import ITEMSIZE
 from graftkit.errors import PlanError
-from graftkit.recipes import inputs, knobs, layout
+from graftkit.recipes import (
+    adapters,
+    coefficients,
+    experts,
+    forms,
+    gates,
+    inputs,
+    knobs,
+    layout,
+    matrices,
+    rowgroups,
+    vocabulary,
+)
 from graftkit.recipes.recipe import Recipe, load
-
-BLOCK = 1 << 18
-"""Elements that the engine handles at once. Fixed: reductions and random numbers are defined over these blocks."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """One model's part in a step. `kind`: `tensor` (read it), `factors` (the base plus an adapter's low-rank delta),
-    `base` (an adapter that leaves this tensor alone). `source` counts the plan's sources."""
-
-    source: int
-    kind: str
-    name: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """One output tensor. `method` is empty for a tensor that is copied from the model that the output is like; its
-    `models` are then the other models' copies, which must be equal (integers cannot be merged)."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    method: str
-    knobs: Mapping[str, Any]
-    base: Input | None
-    models: tuple[Input, ...]
-    keys: tuple[int, ...] = ()
-    group: str = ""  # steps of one group share model-scope statistics
-
-    @property
-    def elements(self) -> int:
-        """Number of elements of the output tensor."""
-        return math.prod(self.shape)
+from graftkit.recipes.steps import Input, Step, check_contributions, make, scratch
 
 
 @dataclass(frozen=True)
@@ -65,6 +43,11 @@ class Shard:
 
     file: str
     steps: tuple[Step, ...]
+
+    @property
+    def layout(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Its tensors as (name, dtype, shape); several steps may make one."""
+        return list({step.name: (step.name, step.dtype, step.whole or step.shape) for step in self.steps}.values())
 
 
 @dataclass(frozen=True)
@@ -79,6 +62,10 @@ class Plan:
     stages: tuple[str, ...]
     hash: str = ""
     notes: tuple[str, ...] = field(default=())
+    config: Mapping[str, Any] | None = None  # of the output, where it is not the like model's
+    vocabulary: vocabulary.Vocabulary | None = None  # of the output, where the recipe chooses one
+    rows: Mapping[str, Any] | None = None  # and what happens to each of its rows
+    gates: Gates | None = None  # the opened file that methods read their gates from
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -88,7 +75,7 @@ class Plan:
     @property
     def bytes_written(self) -> int:
         """Bytes of tensors in the output."""
-        return sum(step.elements * ITEMSIZE[step.dtype] for step in self.steps)
+        return sum(step.written * ITEMSIZE[step.dtype] for step in self.steps)
 
     @property
     def bytes_read(self) -> int:
@@ -101,31 +88,21 @@ class Plan:
 
     def _bytes(self, part: Input) -> int:
         source = self.sources[part.source].source
-        if part.kind == "factors" and isinstance(source, Adapter):
+        if part.kind in ("factors", "rescaled") and isinstance(source, Adapter):
             factors = source.factors[part.name]
             return factors.a.nbytes + factors.b.nbytes
-        return 0 if part.kind == "base" else source.tensors[part.name].nbytes
+        if part.parts:
+            return sum(self._bytes(one) for one in part.parts)
+        held = 0 if part.kind in ("base", "zero") else source.tensors[part.name].nbytes
+        return held if part.rows is None else held * part.rows.count // max(source.tensors[part.name].shape[0], 1)
 
     def worker_bytes(self) -> int:
         """Scratch memory that one worker needs at most, in bytes."""
-        return max((_scratch(step) for step in self.steps), default=0)
+        return max((scratch(step) for step in self.steps), default=0)
 
     def needs_torch(self) -> bool:
         """Whether a step's method runs as its torch function."""
-        return any(step.method and not methods.get(step.method).kernel for step in self.steps)
-
-
-TEMPORARIES = 8
-"""An estimate of the block-sized arrays, for each input, that a method's torch function makes on its way."""
-
-
-def _scratch(step: Step) -> int:
-    """Bytes of one step's blocks: raw, base, models, result, the cast's, and a method's temporaries."""
-    method = methods.get(step.method) if step.method else None
-    block = step.elements if method and method.grain == "tensor" else min(step.elements, BLOCK)
-    wide = 4 if step.dtype in ("F16", "BF16") else 8
-    floats = (len(step.models) + 2) * (TEMPORARIES if method and not method.kernel else 1)
-    return block * (floats * wide + 2 * 8)
+        return any(step.method and not methods.get(step.method).compiled for step in self.steps)
 
 
 def plan(
@@ -143,156 +120,66 @@ def plan(
     recipe = load(recipe)
     knobs.check_names(recipe)
 
-    def plan_nested(file: Path) -> Plan:
+    def plan_nested(file: Path | Recipe) -> Plan:
+        if isinstance(file, Recipe):
+            return plan(file, allow_pickle=allow_pickle, full_hash=full_hash, within=within)
         if file.resolve() in within:
             raise PlanError(f"{file}: the recipe is among its own sources")
         return plan(file, allow_pickle=allow_pickle, full_hash=full_hash, within=(*within, file.resolve()))
 
     sources, base, entries = inputs.open_all(recipe, inputs.Opening(allow_pickle, full_hash, plan_nested))
-    like = _like(recipe, sources, base, entries)
-    names = sources[like].source.tensors
-    matched = _match_all(recipe, sources, names, like if base is None else base)
-    last = max((layout.layer(name) or 0 for name in names), default=0)
-    steps = [
-        _step(recipe, info, sources, matched, base, like, entries, knobs.settings(recipe, name, last))
-        for name, info in names.items()
-    ]
-    _check_contributions(recipe, steps, entries, sources)
-    knobs.check_rules_match(recipe, names)
-    shards = _shards(steps, recipe.output.shard_bytes)
-    scopes = {methods.get(s.method).scope(s.knobs) for s in steps if s.method and methods.get(s.method).statistics}
-    stages = ("statistics", "merge") if "model" in scopes else ("merge",)
-    made = Plan(recipe, sources, base, like, shards, stages)
-    return Plan(recipe, sources, base, like, shards, stages, _hash(made), inputs.notes(recipe, sources))
+    like = forms.like_of(recipe, sources, base, entries)
+    sources = experts.aligned(sources, like)
+    form = forms.form_of(recipe, sources, base, like, entries)
+    made = _steps(recipe, form)
+    if recipe.output.as_ == "adapter":
+        made = adapters.as_factors(form.contexts[0], made)
+        shards: tuple[Shard, ...] = (Shard(WEIGHTS, tuple(made)),)
+    else:
+        adapters.check_products(made)
+        shards = _shards(made, recipe.output.shard_bytes)
+    coefficients.check(made)
+    scopes = {methods.get(s.method).scope(s.knobs) for s in made if s.method and methods.get(s.method).statistics}
+    whole = "model" in scopes or any(applied.group for step in made for applied in step.prepare)
+    stages = ("statistics", "merge") if whole else ("merge",)
+    notes = (*inputs.notes(recipe, sources, form.like, full_hash), *form.notes)
+    planned = Plan(recipe, sources, base, form.like, shards, stages, notes=notes, config=form.config)
+    read = gates.gates_of(recipe, sources, base, entries, planned.steps)
+    planned = replace(planned, vocabulary=form.vocabulary, rows=form.rows, gates=read)
+    return replace(planned, hash=_hash(planned))
 
 
-def _like(recipe: Recipe, sources: tuple[inputs.Named, ...], base: int | None, entries: tuple[int, ...]) -> int:
-    """Which source gives the output its names: `output.like`, else the base, else the first checkpoint."""
-    wanted = recipe.output.like
-    if wanted is None or (wanted == "base" and base is not None):
-        first = next((e for e in entries if isinstance(sources[e].source, Checkpoint)), None)
-        chosen = base if base is not None else first
-        if chosen is None:
-            raise PlanError(
-                "recipe: all models are adapters and none records a base that is here; name it with `base:`"
-            )
-        return chosen
-    names = {named.name.rstrip("/"): k for k, named in enumerate(sources)}
-    wanted = wanted.rstrip("/")
-    if wanted not in names or not isinstance(sources[names[wanted]].source, Checkpoint):
-        known = [n for n, k in names.items() if isinstance(sources[k].source, Checkpoint)]
-        raise PlanError(
-            f"recipe.output.like: got {wanted!r}, expected `base` or one of the checkpoints: {', '.join(known)}"
-        )
-    return names[wanted]
+def _steps(recipe: Recipe, form: forms.Form) -> list[Step]:
+    """The steps of all tensors; refuses rules and models that change nothing."""
+    knobs.check_rules_match(recipe, form.tensors)
+    made = []
+    for name, info in form.tensors.items():
+        context = form.contexts[form.place[name]]
+        made.append(make(context, info, matrices.fitted(context, info, form.settings[name])))
+    for k, context in enumerate(form.contexts):
+        check_contributions(context, [step for step in made if form.place[step.name] == k])
+    return [part for step in made for part in _split(step, form)]
 
 
-def _match_all(
-    recipe: Recipe, sources: tuple[inputs.Named, ...], names: Mapping[str, TensorInfo], base: int
-) -> tuple[dict[str, str], ...]:
-    """Per source: output tensor name to the source's own name."""
-    matched = []
-    for named in sources:
-        if isinstance(named.source, Adapter):
-            inputs.check_base(recipe, named, sources[base])
-            matched.append(layout.match_adapter(names, named.source, named.label))
-        else:
-            matched.append(layout.match_checkpoint(names, named.source, named.label))
-    return tuple(matched)
-
-
-def _step(
-    recipe: Recipe,
-    info: TensorInfo,
-    sources: tuple[inputs.Named, ...],
-    matched: tuple[dict[str, str], ...],
-    base: int | None,
-    like: int,
-    entries: tuple[int, ...],
-    setting: knobs.Setting,
-) -> Step:
-    """The step of one output tensor."""
-    name = info.name
-    floating = info.dtype in FLOATING
-    dtype = DTYPE_NAMES[recipe.output.dtype] if recipe.output.dtype and floating else info.dtype
-    original = Input(like, "tensor", name)
-    if info.dtype.startswith("F8"):
-        raise PlanError(
-            f"{sources[like].label} keeps {name!r} as {info.dtype}; quantised weights are not merged: dequantise first"
-        )
-    _check_kinds(info, sources, matched)
-    if not floating or layout.BUFFERS.search(name):
-        twins = [Input(e, "tensor", matched[e][name]) for e in entries if e != like and name in matched[e]]
-        same = [t for t in twins if sources[t.source].source.tensors[t.name].dtype == info.dtype and not floating]
-        return Step(name, info.shape, dtype, "", {}, original, tuple(same))
-    method = methods.get(setting.method)
-    if method.needs_base and base is None:
-        raise PlanError(f"recipe.base is missing: {method.name} works on deltas and needs the models' common base")
-    anchor = Input(base, "tensor", matched[base][name]) if base is not None and name in matched[base] else None
-    models = tuple(_input(sources[e].source, e, matched[e], name) for e in entries)
-    if method.returns_delta and all(part.kind == "base" for part in models):
-        return Step(name, info.shape, dtype, "", {}, anchor or original, ())
-    keys = inputs.keys(recipe, sources, entries, name) if "rng" in method.reads else ()
-    own = any(part.kind != "tensor" for part in models)
-    needed = anchor if method.uses_base or own else None
-    if own and needed is None:
-        needed = Input(like, "tensor", name)
-    group = (
-        f"{setting.method} {json.dumps(setting.knobs, sort_keys=True)}"
-        if method.scope(setting.knobs) == "model"
-        else ""
-    )
-    return Step(name, info.shape, dtype, method.name, setting.knobs, needed, models, keys, group)
-
-
-def _check_kinds(info: TensorInfo, sources: tuple[inputs.Named, ...], matched: tuple[dict[str, str], ...]) -> None:
-    """Refuses a tensor that is floating point in one model and not in another, or quantised."""
-    for named, names in zip(sources, matched, strict=True):
-        own = named.source.tensors.get(names.get(info.name, ""))
-        if own and (own.dtype in FLOATING) != (info.dtype in FLOATING):
-            raise PlanError(
-                f"{named.label} has {own.name!r} as {own.dtype}, the output as {info.dtype}: quantised and integer "
-                "weights are not merged; dequantise the model first"
-            )
-
-
-def _input(source: Source, index: int, matched: Mapping[str, str], name: str) -> Input:
-    if name not in matched:
-        return Input(index, "base", "")
-    own = matched[name]
-    return Input(index, "factors" if isinstance(source, Adapter) and own in source.factors else "tensor", own)
-
-
-def _check_contributions(
-    recipe: Recipe, steps: list[Step], entries: tuple[int, ...], sources: tuple[inputs.Named, ...]
-) -> None:
-    """Refuses a model whose weight is 0 everywhere, and a number of models that the method does not take."""
-    merged = [step for step in steps if step.method]
-    if not merged:
-        raise PlanError("recipe: no tensor would be merged; every model leaves the base as it is")
-    for step in merged:
-        low, high = methods.get(step.method).model_count
-        if not low <= len(entries) <= (high or len(entries)):
-            wanted = f"exactly {low}" if low == high else f"at least {low}"
-            raise PlanError(f"recipe.models: {step.method} takes {wanted} models, got {len(entries)}")
-    for k, entry in enumerate(entries):
-        if not any(knobs.contributes(step, k) for step in merged):
-            raise PlanError(
-                f"recipe.models[{k}] ({sources[entry].name}) contributes nothing: its weight is 0, or no tensor of it "
-                "is used; leave it out, or give it a weight"
-            )
+def _split(step: Step, form: forms.Form) -> list[Step]:
+    """The steps that make one tensor: by who has its tokens, by experts, or one."""
+    context = form.contexts[form.place[step.name]]
+    if layout.has_rows(step.name):
+        return rowgroups.split(step, context, form)
+    return experts.split(step, form.tensors[step.name], context)
 
 
 def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:
     """Fills files in the order of the tensors, each up to `limit` bytes (a larger tensor has a file of its own)."""
     groups: list[list[Step]] = [[]]
     size = 0
-    for step in steps:
-        nbytes = step.elements * ITEMSIZE[step.dtype]
+    for _, parts in itertools.groupby(steps, key=lambda step: step.name):
+        tensor = list(parts)
+        nbytes = sum(step.elements * ITEMSIZE[step.dtype] for step in tensor)
         if groups[-1] and size + nbytes > limit:
             groups.append([])
             size = 0
-        groups[-1].append(step)
+        groups[-1] += tensor
         size += nbytes
     count = len(groups)
     single = count == 1
@@ -300,10 +187,26 @@ def _shards(steps: list[Step], limit: int) -> tuple[Shard, ...]:
     return tuple(Shard(name, tuple(group)) for name, group in zip(names, groups, strict=True))
 
 
+def _read(part: Input) -> list[Any]:
+    """All of an input as plain data."""
+    return [
+        part.source,
+        part.kind,
+        part.name,
+        part.rows.digest if part.rows else "",
+        [_read(one) for one in part.parts],
+    ]
+
+
 def _content(step: Step) -> list[Any]:
     """All of a step as plain data."""
-    parts = [(part.source, part.kind, part.name) if part else None for part in (step.base, *step.models)]
-    return [step.name, step.shape, step.dtype, step.method, dict(step.knobs), parts, step.keys, step.group]
+    parts = [_read(part) if part else None for part in (step.base, *step.models)]
+    around = [[(a.name, dict(a.knobs), a.keys, a.group) for a in applied] for applied in (step.prepare, step.finish)]
+    form = asdict(step.form) if step.form else None
+    return [
+        step.name, step.shape, step.dtype, step.method, dict(step.knobs), parts, step.keys, step.group, around, form,
+        step.rows.digest if step.rows else "", step.whole,
+    ]  # fmt: skip
 
 
 def _hash(made: Plan) -> str:
@@ -313,6 +216,9 @@ def _hash(made: Plan) -> str:
         "recipe": made.recipe.to_dict(),
         "inputs": [named.fingerprint for named in made.sources],
         "like": made.like,
+        "config": made.config,
+        "vocabulary": made.vocabulary.digest if made.vocabulary else None,
+        "gates": made.gates.digest if made.gates else None,
         "shards": [(shard.file, [_content(step) for step in shard.steps]) for shard in made.shards],
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -5,7 +5,10 @@ base: path or hub id
 models:
   - {model: experts/math, weight: 0.6}     # a per-model knob stands beside its model
   - {model: experts/code, weight: 0.4}
+prepare: [{dare: {density: 0.5}}]          # deltas to deltas, before the method
 knobs: {density: 0.2}
+gates: gates.safetensors                   # for methods that read gates
+finish: [svc]                              # the merged delta, after it
 rules:                                     # later rules win
   - where: {role: mlp, layers: 0-11}
     method: task_arithmetic
@@ -24,8 +27,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftkit.errors import RecipeError, nearest
+from graftkit.recipes import chat_templates, mergekit
+from graftkit.recipes.parts import Steps
+from graftkit.recipes.ranks import Energy, Outside, Rank, checked
+from graftkit.recipes.sections import STRICT, Slice, SliceBase, Tokenizer, TokenRow
 
-STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 DEEPEST = 99_999  # the largest number of a layer
 ROLES = ("attention", "mlp", "embedding", "head", "norm", "other")
 SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -50,6 +56,7 @@ class Where(BaseModel):
     name: str | list[str] | None = None
     role: Literal["attention", "mlp", "embedding", "head", "norm", "other"] | list[str] | None = None
     layers: int | str | list[int] | None = None
+    slice: int | None = Field(None, ge=0)
 
     @field_validator("role")
     @classmethod
@@ -71,8 +78,8 @@ class Where(BaseModel):
 
     @model_validator(mode="after")
     def _sound(self) -> Where:
-        if self.name is None and self.role is None and self.layers is None:
-            raise ValueError("names no condition; give name, role or layers")
+        if self.name is None and self.role is None and self.layers is None and self.slice is None:
+            raise ValueError("names no condition; give name, role, layers or slice")
         _ = self.layer_numbers
         return self
 
@@ -85,17 +92,20 @@ def _span(text: str) -> range:
 
 
 class Rule(BaseModel):
-    """Another method or other knobs for some tensors; later rules win."""
+    """Another method or other knobs for some tensors; later rules win. An `optional` one may be for no tensor."""
 
     model_config = STRICT
     where: Where
     method: str | None = None
     knobs: dict[str, Any] = Field(default_factory=dict)
+    prepare: Steps | None = None
+    finish: Steps | None = None
+    optional: bool = False
 
     @model_validator(mode="after")
     def _says_something(self) -> Rule:
-        if self.method is None and not self.knobs:
-            raise ValueError("changes nothing; give it a method or knobs")
+        if self.method is None and not self.knobs and self.prepare is None and self.finish is None:
+            raise ValueError("changes nothing; give it a method, knobs, prepare or finish")
         return self
 
 
@@ -103,10 +113,40 @@ class Output(BaseModel):
     """The form of the result. `like` says whose names, config, tokenizer and untouched tensors it takes."""
 
     model_config = STRICT
-    as_: Literal["checkpoint"] = Field("checkpoint", alias="as")
+    as_: Literal["checkpoint", "adapter"] = Field("checkpoint", alias="as")
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     like: str | None = None
     shard: str = "5GB"
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    rank: Rank | None = None
+    outside: Outside | None = None
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _known_rank(cls, value: Any) -> Any:
+        return checked(value)
+
+    @model_validator(mode="after")
+    def _of_one_form(self) -> Output:
+        whole = ("like", "shard", "tokenizer", "chat_template")
+        theirs = {"checkpoint": ("rank", "outside"), "adapter": whole}[self.as_]
+        wrong = [name for name in theirs if name in self.model_fields_set and getattr(self, name) is not None]
+        if wrong:
+            other = "as: adapter" if self.as_ == "checkpoint" else "as: checkpoint"
+            raise ValueError(f"{wrong[0]!r} is for `{other}`, and this output is `as: {self.as_}`; drop one of the two")
+        return self
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """The source alone may be given, as a bare name."""
+        return {"source": value} if isinstance(value, str) else value
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        return None if value is None else chat_templates.check(value)
 
     @field_validator("shard")
     @classmethod
@@ -137,12 +177,17 @@ class Recipe(BaseModel):
     model_config = STRICT
     method: str
     base: str | None = None
-    models: list[ModelEntry] = Field(min_length=1)
+    models: list[ModelEntry] = Field(default_factory=list, min_length=1)
+    slices: list[Slice] = Field(default_factory=list)
+    prepare: Steps = Field(default_factory=list)
     knobs: dict[str, Any] = Field(default_factory=dict)
+    gates: str | None = None
+    finish: Steps = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
     output: Output = Field(default_factory=Output)  # type: ignore[arg-type]
     accept_base: bool = False
     seed: int = Field(0, ge=0, lt=2**64)
+    notes: list[str] = Field(default_factory=list)
     directory: Path = Field(Path("."), exclude=True)
 
     @field_validator("models", mode="before")
@@ -152,6 +197,21 @@ class Recipe(BaseModel):
         return (
             [{"model": item} if isinstance(item, str) else item for item in value] if isinstance(value, list) else value
         )
+
+    @model_validator(mode="after")
+    def _models_or_slices(self) -> Recipe:
+        if self.models and self.slices:
+            raise ValueError("has both models and slices; a slice names its own sources, so drop `models`")
+        if not self.models and not self.slices:
+            raise ValueError("the key 'models' is missing, expected a list of at least one model, or `slices`")
+        return self
+
+    @property
+    def listed(self) -> list[str]:
+        """The models by name, as often as they are listed: those of `models`, or of the slices in their order."""
+        return [entry.model for entry in self.models] + [
+            source.model for part in self.slices for source in part.sources
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data with defaults left out, the form that is hashed and recorded."""
@@ -220,43 +280,93 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _validated(data: dict[str, Any], where: str, directory: Path) -> Recipe:
     if "directory" in data:
         raise RecipeError(f"{where}: unknown key 'directory'")
+    if mergekit.is_mergekit(data):
+        data = mergekit.translated(data, where)
     try:
         return Recipe.model_validate({**data, "directory": directory})
     except ValidationError as error:
         raise RecipeError(_explain(error.errors()[0], where)) from error
 
 
-_FIELDS: dict[str, type[BaseModel]] = {"": Recipe, "rules": Rule, "where": Where, "output": Output}
+_FIELDS: dict[str, type[BaseModel]] = {
+    "": Recipe, "rules": Rule, "where": Where, "output": Output, "slices": Slice,
+    "base": SliceBase, "tokenizer": Tokenizer, "tokens": TokenRow, "rank": Energy,
+}  # fmt: skip
+
+
+EXPECTED = {
+    "method": "the name of a method, such as ties",
+    "base": "a path or a hub id",
+    "models": "a list of at least one model",
+    "models[]": "a path, a hub id, the file of a recipe, or a mapping with the key 'model'",
+    "models[].model": "a path, a hub id or the file of a recipe",
+    "knobs": "a mapping of a method's knobs, such as {density: 0.2}",
+    "gates": "the path of a file of gates",
+    "rules": "a list of rules",
+    "rules[]": "a mapping such as {where: {role: mlp}, knobs: {scale: 0.5}}",
+    "rules[].where": "a mapping with name, role or layers",
+    "rules[].where.name": "a pattern such as '*.mlp.*', or a list of them",
+    "rules[].where.role": f"one or a list of {', '.join(ROLES)}",
+    "rules[].where.layers": "a number, a span such as 0-11, or a list of numbers",
+    "rules[].method": "the name of a method, such as ties",
+    "rules[].knobs": "a mapping of a method's knobs, such as {density: 0.2}",
+    "output": "a mapping such as {dtype: bfloat16}",
+    "output.like": "`base`, or one of the recipe's models",
+    "output.shard": "a size such as 5GB",
+    "output.chat_template": "auto, the name of a template, or Jinja text",
+    "output.tokenizer": "base, union, one of the recipe's models, or a mapping with the key 'source'",
+    "slices": "a list of slices",
+    "slices[]": "a mapping such as {sources: [{model: a, layer_range: [0, 12]}]}",
+    "slices[].sources": "a list of at least one mapping such as {model: a, layer_range: [0, 12]}",
+    "slices[].sources[].layer_range": "[first, one after the last], such as [0, 12]",
+    "slices[].base": "a mapping such as {model: a, layer_range: [0, 12]}",
+    "slices[].base.layer_range": "[first, one after the last], such as [0, 12]",
+    "accept_base": "true or false",
+    "seed": "a whole number from 0 to 2^64 - 1",
+}
+"""What the recipe's keys take, in words."""
+
+_KINDS = {
+    "string": "text", "list": "a list", "dict": "a mapping", "model": "a mapping", "int": "a whole number",
+    "float": "a number", "bool": "true or false",
+}  # fmt: skip
+"""The same for any other key, by the first word of pydantic's name of the fault."""
 
 
 def _explain(fault: Any, where: str) -> str:
     """One pydantic error in the house's form: where, got what, expected what, what to do."""
     location = [part for part in fault["loc"] if part not in ("str", "list[str]", "int", "list[int]")]
     location = [p for p in location if not (isinstance(p, str) and p.startswith("literal["))]
-    path = ".".join(str(p) for p in location).replace(".", "", 0)
-    path = re.sub(r"\.(\d+)", r"[\1]", path)
+    path = re.sub(r"\.(\d+)", r"[\1]", ".".join(str(p) for p in location))
     at = f"{where}: {path}" if path else where
     if fault["type"] == "extra_forbidden":
         return f"{where}: {_unknown_key(location, path)}"
-    if fault["type"] == "missing":
-        return f"{where}: the key {path!r} is missing"
     if fault["type"] == "value_error":
         return f"{at}: {fault['ctx']['error']}"
-    if fault["type"] == "literal_error":
-        close = nearest(str(fault["input"]), re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
-        hint = f"; did you mean {close!r}?" if close else ""
-        return f"{at}: got {fault['input']!r}, expected {fault['ctx']['expected']}{hint}"
-    expected = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{at}: got {fault['input']!r}; {expected}"
+    if fault["type"] == "invalid_key" or location[-1:] == ["[key]"]:
+        return f"{where}: the key {fault['input']!r} is not text; write it in quotes"
+    kind = _KINDS.get(fault["type"].partition("_")[0], "another value")
+    expected = EXPECTED.get(re.sub("[0-9]+", "", path), kind)
+    if fault["type"] == "missing":
+        close = nearest(str(location[-1]), map(str, fault["input"])) if isinstance(fault["input"], dict) else None
+        hint = f"; is {close!r} meant to be it?" if close else ""
+        return f"{where}: the key {path!r} is missing, expected {expected}{hint}"
+    got = "nothing" if fault["input"] is None else repr(fault["input"])
+    return f"{at}: got {got if len(got) <= 200 else got[:200] + '...'}, expected {_choices(fault) or expected}"
+
+
+def _choices(fault: Any) -> str:
+    """The values of a key that takes one of a few, and the nearest."""
+    if fault["type"] != "literal_error":
+        return ""
+    close = nearest(str(fault["input"]), re.findall(r"'([^']+)'", fault["ctx"]["expected"]))
+    return str(fault["ctx"]["expected"]) + (f"; did you mean {close!r}?" if close else "")
 
 
 def _unknown_key(location: list[Any], path: str) -> str:
     parents = [p for p in location[:-1] if isinstance(p, str)]
-    known = [
-        f.alias or name
-        for name, f in _FIELDS[parents[-1] if parents else ""].model_fields.items()
-        if name != "directory"
-    ]
+    section = "tokens" if "tokens" in parents else parents[-1] if parents else ""
+    known = [f.alias or name for name, f in _FIELDS[section].model_fields.items() if name != "directory"]
     key = str(location[-1])
     close = nearest(key, known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}; a method's knobs stand under 'knobs'"

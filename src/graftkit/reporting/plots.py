@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ACCENT = "#c2611f"
 OTHER = "#4f86b5"
+_LINES = (ACCENT, OTHER, "#4f9a64", "#a05fa8", "#8a8259")
+_DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1, 1)))
 _INK = "#010203"  # stands in for currentColor, which matplotlib does not know
 _WIDTH = 4.2  # inches
 _SETTINGS: dict[Any, Any] = {
@@ -69,6 +71,31 @@ def interval_plot(
     axes.grid(axis="x", color=_INK, alpha=0.14, linewidth=0.7)
     axes.set_xlabel(xlabel)
     return _svg(figure, title or xlabel)
+
+
+@_drawing()
+def line_plot(
+    places: Sequence[int],
+    lines: Mapping[str, Sequence[float | None]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    line: float | None = None,
+    title: str = "",
+) -> str:
+    """Values by place, one line a name, told apart by colour and by dashes; a dashed mark at `line`; None is a gap."""
+    figure, axes = _canvas(2.3 + 0.18 * len(lines))
+    if line is not None:
+        axes.axhline(line, color=_INK, alpha=0.45, linewidth=0.8, linestyle=(0, (3, 3)))
+    for number, (name, values) in enumerate(lines.items()):
+        heights = [float("nan") if value is None else value for value in values]
+        color, dashes = _LINES[number % len(_LINES)], _DASHES[number // len(_LINES) % len(_DASHES)]
+        axes.plot(list(places), heights, color=color, linestyle=dashes, linewidth=1.6, label=_short(name, 44))
+    axes.grid(axis="y", color=_INK, alpha=0.14, linewidth=0.7)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel, color=_INK)
+    figure.legend(loc="outside upper left", frameon=False, labelcolor=_INK, borderaxespad=0, fontsize=8.5)
+    return _svg(figure, title or f"{ylabel} by {xlabel}")
 
 
 @_drawing()

@@ -5,14 +5,103 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
+from graftkit.errors import DataError
+from graftkit.measuring.results import parsed
 from graftkit.measuring.table import Cell, Column, Table
 
-Record = Mapping[str, Any]
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+FORMAT = 1
 _MOST_ROLES = 10
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """What a record says of one tensor; None where it does not say."""
+
+    name: str = ""
+    shape: tuple[int, ...] = ()
+    delta_norm: float | None = None
+    cast_error_norm: float | None = None
+    unchanged: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Its number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """What a record says of a model that was merged, or of the base."""
+
+    role: str = "–"
+    source: str = "–"
+    kind: str = "–"
+    fingerprint: str = "–"
+    directory: str = ""
+
+
+@dataclass(frozen=True)
+class PlanFacts:
+    """What a record says of the plan."""
+
+    hash: str = ""
+    steps: int | None = None
+    bytes_read: int | None = None
+    bytes_written: int | None = None
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a record says of the run."""
+
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    workers: int | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A merge's record, the content of `graft.json`; what it does not say, or says as null, is left at its default."""
+
+    recipe_yaml: str = ""
+    plan: PlanFacts = PlanFacts()
+    execution: RunFacts = RunFacts()
+    inputs: tuple[InputFacts, ...] = ()
+    tensors: tuple[TensorFacts, ...] = ()
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str | None] = field(default_factory=dict)
+    machine: Mapping[str, str | int | None] = field(default_factory=dict)
+
+
+def read(data: Any, where: str = "record") -> Record:
+    """A record from its JSON. Raises DataError, with the place, where it is none or holds what no record holds."""
+    if not isinstance(data, Mapping) or data.get("format") != FORMAT:
+        held = ", ".join(sorted(map(str, data))[:8]) if isinstance(data, Mapping) else type(data).__name__
+        raise DataError(f"{where}: not a merge's record of format {FORMAT}: it has {held or 'nothing'}")
+    found: Record = parsed(_adapter(), _without_nulls(data), f"{where}: not a merge's record")
+    return found
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Record)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value if part is not None] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -42,7 +131,7 @@ def costs_table(merges: Sequence[tuple[str, Record]]) -> Table:
 def inputs_table(record: Record) -> Table:
     """The inputs of a merge: role, source, kind, fingerprint."""
     keys = ("role", "source", "kind", "fingerprint")
-    rows = tuple(tuple(str(source.get(key, "–")) for key in keys) for source in record.get("inputs", ()))
+    rows = tuple(tuple(getattr(source, key) for key in keys) for source in record.inputs)
     return Table(tuple(Column(key) for key in keys), rows)
 
 
@@ -52,32 +141,48 @@ def deltas_table(merges: Sequence[tuple[str, Record]]) -> Table:
         Column("merge"), Column("tensors"), Column("delta norm", "", None, 2),
         Column("cast error", "% of the delta", None, 2), Column("swallowed by the cast", "% of weights", None, 1),
     )  # fmt: skip
-    return Table(columns, tuple(_delta(name, record.get("tensors", ())) for name, record in merges))
+    return Table(columns, tuple(_delta(name, record.tensors) for name, record in merges))
 
 
 def norm_grids(record: Record) -> list[Grid]:
     """Delta norms by layer and role, one grid per stack of layers; tensors of one place add up as vectors."""
-    return _grids(record, "delta_norm", lambda found: math.sqrt(sum(value * value for value, _ in found)))
+    found = [(t.name, t.delta_norm, t.size) for t in record.tensors if t.delta_norm is not None]
+    return grids(found, lambda values: math.sqrt(sum(value * value for value, _ in values)))
 
 
 def swallowed_grids(record: Record) -> list[Grid]:
     """Percent of the weights whose change the cast swallowed, by layer and role."""
-    return _grids(record, "unchanged", lambda found: 100 * _mean(found))
+    found = [(t.name, t.unchanged, t.size) for t in record.tensors if t.unchanged is not None]
+    return grids(found, lambda values: 100 * mean(values))
 
 
-def _grids(record: Record, key: str, combine: Any) -> list[Grid]:
+def cast_grids(record: Record) -> list[Grid]:
+    """The error of the cast in percent of the delta, by layer and role."""
+    found = [
+        (t.name, 100 * t.cast_error_norm / t.delta_norm, t.size)
+        for t in record.tensors
+        if t.cast_error_norm is not None and t.delta_norm
+    ]
+    return grids(found, mean)
+
+
+def grids(
+    measured: Sequence[tuple[str, float, int]], combine: Callable[[Sequence[tuple[float, int]]], float]
+) -> list[Grid]:
+    """Values of tensors (name, value, number of weights) by layer and role; `combine` makes one of several there."""
     found: dict[str, dict[tuple[int, str], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
-    for tensor in record.get("tensors", ()):
-        place = _place(tensor.get("name", ""))
-        if place is not None and tensor.get(key) is not None:
+    for name, value, size in measured:
+        place = _place(name)
+        if place is not None:
             stack, layer, role = place
-            found[stack][layer, role].append((float(tensor[key]), math.prod(tensor.get("shape", ()))))
-    return [_grid(stack, {at: combine(values) for at, values in cells.items()}) for stack, cells in found.items()]
+            found[stack][layer, role].append((value, size))
+    made = (_grid(stack, {at: combine(values) for at, values in cells.items()}) for stack, cells in found.items())
+    return [grid for grid in made if grid.roles]
 
 
 def _grid(stack: str, cells: Mapping[tuple[int, str], float]) -> Grid:
     layers = sorted({layer for layer, _ in cells})
-    roles = list(dict.fromkeys(role for _, role in cells))
+    roles = list(dict.fromkeys(role for (_, role), value in cells.items() if value != 0))
     if len(roles) > _MOST_ROLES:
         weight = {role: sum(abs(value) for (_, r), value in cells.items() if r == role) for role in roles}
         roles = [role for role in roles if role in sorted(roles, key=lambda role: -weight[role])[:_MOST_ROLES]]
@@ -98,36 +203,27 @@ def _place(name: str) -> tuple[str, int, str] | None:
 
 
 def _cost(name: str, record: Record) -> tuple[Cell, ...]:
-    execution, plan = record.get("execution", {}), record.get("plan", {})
-    mib = [_mib(value) for value in (
-        execution.get("peak_memory_bytes"), plan.get("bytes_read"), plan.get("bytes_written")
+    run, plan = record.execution, record.plan
+    mib = [None if value is None else value / 2**20 for value in (
+        run.peak_memory_bytes, plan.bytes_read, plan.bytes_written
     )]  # fmt: skip
-    seconds = execution.get("seconds")
-    device = execution.get("device")
-    return (
-        name, None if seconds is None else float(seconds), *mib, plan.get("steps"), execution.get("workers"),
-        None if device is None else str(device),
-    )  # fmt: skip
+    return name, run.seconds, *mib, plan.steps, run.workers, run.device
 
 
-def _delta(name: str, tensors: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:
-    norm = _norm(tensors, "delta_norm")
-    error = _norm(tensors, "cast_error_norm")
-    unchanged = [(t["unchanged"], math.prod(t.get("shape", ()))) for t in tensors if t.get("unchanged") is not None]
+def _delta(name: str, tensors: Sequence[TensorFacts]) -> tuple[Cell, ...]:
+    norm = _norm([tensor.delta_norm for tensor in tensors])
+    error = _norm([tensor.cast_error_norm for tensor in tensors])
+    unchanged = [(tensor.unchanged, tensor.size) for tensor in tensors if tensor.unchanged is not None]
     relative = 100 * error / norm if norm and error is not None else None
-    return name, len(tensors), norm, relative, 100 * _mean(unchanged) if unchanged else None
+    return name, len(tensors), norm, relative, 100 * mean(unchanged) if unchanged else None
 
 
-def _norm(tensors: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    found = [float(tensor[key]) for tensor in tensors if tensor.get(key) is not None]
+def _norm(values: Sequence[float | None]) -> float | None:
+    found = [value for value in values if value is not None]
     return math.sqrt(sum(value * value for value in found)) if found else None
 
 
-def _mean(found: Sequence[tuple[float, int]]) -> float:
+def mean(found: Sequence[tuple[float, int]]) -> float:
     """The mean of values weighted by how many weights each stands for."""
     total = sum(weight for _, weight in found)
     return sum(value * weight for value, weight in found) / total if total else 0.0
-
-
-def _mib(value: float | None) -> float | None:
-    return None if value is None else value / 2**20

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graftkit.errors import OutputError, missing_extra
-from graftkit.measuring.comparison import compare, normalised_table
+from graftkit.measuring.comparison import compare_all, differences_table
+from graftkit.measuring.normalised import normalised_table
 from graftkit.measuring.results import Evaluation
 from graftkit.measuring.table import Cell, Column, Table, Value
-from graftkit.reporting import plots, records
+from graftkit.reporting import experts, plots, records
+from graftkit.reporting.experts import Beside
+from graftkit.reporting.lineage import is_nested, lineage
+from graftkit.reporting.records import Record
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -26,25 +30,29 @@ def write_report(
     title: str,
     evaluation: Evaluation | Mapping[str, Any] | None,
     merges: Sequence[Merge] = (),
+    beside: Sequence[Beside] = (),
     story: str = "",
     commands: Sequence[str] = (),
 ) -> Path:
     """Write one self-contained HTML file and return its path.
 
     `evaluation`: an evaluation, its `to_dict()`, or None to show merges alone. `merges`: names (those of the
-    evaluation, where it has the model) with records. `story`: plain text, paragraphs apart by an empty line.
-    `commands`: what to type to get the same again. Everything is escaped. Raises GraftError without the extra `report`,
-    DataError where the evaluation's JSON is none, OutputError where the file cannot be written.
+    evaluation, where it has the model) with records. `beside`: the merges' inputs, measured (`measure_experts`).
+    `story`: plain text, paragraphs apart by an empty line. `commands`: what to type to get the same again. Everything
+    is escaped. Raises GraftError without the extra `report`, DataError where the JSON of the evaluation or of a record
+    is none, OutputError where the file cannot be written.
     """
     if evaluation is not None and not isinstance(evaluation, Evaluation):
         evaluation = Evaluation.from_dict(evaluation)
+    read = [(name, records.read(record, name)) for name, record in merges]
     page = _template().render(
         title=title,
         paragraphs=[part.strip() for part in re.split(r"\n\s*\n", story) if part.strip()],
-        commands=list(commands),
+        commands=[*commands, *_commands(evaluation, commands)],
         **_scores(evaluation),
-        **_merges(merges),
-        versions=_versions(evaluation, merges),
+        **_merges(read),
+        beside=experts.shown(beside),
+        versions=_versions(evaluation, read),
     )
     out = Path(out)
     try:
@@ -71,7 +79,7 @@ def _template() -> Template:
 
 def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
     if evaluation is None:
-        return {"evaluation": None}
+        return {"evaluation": None, "spent": None}
     table = evaluation.table()
     pictures = [
         plots.interval_plot(
@@ -89,22 +97,26 @@ def _scores(evaluation: Evaluation | None) -> dict[str, Any]:
     ]
     return {
         "evaluation": evaluation, "scores": table, "score_pictures": pictures, "breakdowns": breakdowns,
-        "differences": _differences(evaluation), **_normalised(evaluation),
+        "spent": _spent(evaluation), **_differences(evaluation), **_normalised(evaluation),
     }  # fmt: skip
 
 
-def _differences(evaluation: Evaluation) -> Table | None:
-    """Every model minus the base, task by task, paired."""
+def _differences(evaluation: Evaluation) -> dict[str, Any]:
+    """Every model minus the base, task by task, paired: a table, and a picture a task."""
     base = evaluation.base
     if base is None or evaluation.resamples < 1 or len(evaluation.models) < 2:
-        return None
-    rows: list[tuple[Cell, ...]] = []
-    for model in evaluation.models:
-        if model != base:
-            found = compare(evaluation, model, base).differences
-            rows.append((model, *(f"{item.difference.value:+.3f} {item.verdict}" for item in found)))
-    columns = (Column("model"), *(Column(task.name) for task in evaluation.tasks))
-    return Table(columns, tuple(rows))
+        return {"differences": None}
+    found = compare_all(evaluation, base)
+    drawn = [
+        plots.interval_plot(
+            [one.model for one in found], [one.differences[index].difference for one in found],
+            xlabel=f"Δ {task.metric.name} ({'higher' if task.metric.better == 'higher' else 'lower'} is better)",
+            best=frozenset(k for k, one in enumerate(found) if one.differences[index].verdict == "better"),
+            lines=(0.0,),
+        )
+        for index, task in enumerate(evaluation.tasks)
+    ]  # fmt: skip
+    return {"differences": differences_table(evaluation, base), "difference_pictures": drawn}
 
 
 def _normalised(evaluation: Evaluation) -> dict[str, Any]:
@@ -120,41 +132,63 @@ def _normalised(evaluation: Evaluation) -> dict[str, Any]:
     return {"normalised": table, "normalised_picture": picture}
 
 
-def _merges(merges: Sequence[Merge]) -> dict[str, Any]:
-    top = max(
-        (max(grid.known(), default=0.0) for _, record in merges for grid in records.norm_grids(record)), default=0.0
-    )
-    shown = [
-        {
-            "name": name,
-            "recipe": record.get("recipe_yaml", ""),
-            "plan": record.get("plan", {}).get("hash", ""),
-            "inputs": records.inputs_table(record),
-            "pictures": _layers(record, top),
-        }
-        for name, record in merges
+def _spent(evaluation: Evaluation) -> Table:
+    """Seconds of each model on each task; the note tells what was read from a cache."""
+    columns = (Column("model"), *(Column(task.name, "s", None, 1) for task in evaluation.tasks))
+    rows: list[tuple[Cell, ...]] = [
+        (model, *(evaluation.score(model, task.name).seconds for task in evaluation.tasks))
+        for model in evaluation.models
     ]
+    cached = sum(score.cached for score in evaluation.scores)
+    note = (
+        f"{cached} of {len(evaluation.scores)} were read from the cache: the seconds are of the run that computed them"
+    )
+    return Table(columns, tuple(rows), note=note if cached else "")
+
+
+def _merges(merges: Sequence[tuple[str, Record]]) -> dict[str, Any]:
+    norms = [value for _, record in merges for grid in records.norm_grids(record) for value in grid.known()]
+    top = max(norms, default=0.0)
+    shown = [_merge(name, record, top) for name, record in merges]
     if not shown:
         return {"merges": []}
     return {"merges": shown, "costs": records.costs_table(merges), "deltas": records.deltas_table(merges)}
 
 
-def _layers(record: Mapping[str, Any], top: float) -> list[tuple[str, str]]:
+def _merge(name: str, record: Record, top: float) -> dict[str, Any]:
+    ancestors = lineage(record)
+    return {
+        "name": name, "recipe": record.recipe_yaml, "inputs": records.inputs_table(record), "notes": record.notes,
+        "plan": record.plan.hash, "pictures": _layers(record, top),
+        "lineage": ancestors if is_nested(ancestors) else (),
+    }  # fmt: skip
+
+
+def _layers(record: Record, top: float) -> list[tuple[str, str]]:
     """Captions and heat maps: norms of deltas, up to the same `top` in all merges, and what the cast swallowed."""
     pictures = []
     for grid in records.norm_grids(record):
         picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="norm of the delta", top=top)
         pictures.append((f"How far each matrix moved ({grid.stack})", picture))
+    for grid in records.cast_grids(record):
+        picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="% of the delta", color=plots.OTHER)
+        pictures.append((f"What rounding did to it ({grid.stack})", picture))
     for grid in records.swallowed_grids(record):
         picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="% of weights", color=plots.OTHER, top=100)
         pictures.append((f"Changes too small for the output's dtype ({grid.stack})", picture))
     return pictures
 
 
-def _versions(evaluation: Evaluation | None, merges: Sequence[Merge]) -> Table:
+def _commands(evaluation: Evaluation | None, given: Sequence[str]) -> list[str]:
+    """The command behind an evaluation, where it is known and nothing better was given."""
+    command = evaluation.settings.get("command") if evaluation and not given else None
+    return [str(command)] if command else []
+
+
+def _versions(evaluation: Evaluation | None, merges: Sequence[tuple[str, Record]]) -> Table:
     """Versions and machines behind the evaluation and each merge."""
     sources: list[tuple[str, Mapping[str, Any]]] = [("evaluation", evaluation.versions)] if evaluation else []
-    sources += [(name, record.get("versions", {}) | record.get("machine", {})) for name, record in merges]
+    sources += [(name, {**record.versions, **record.machine}) for name, record in merges]
     keys = list(dict.fromkeys(key for _, found in sources for key in found))
     rows = tuple(
         (name, *(str(found[key]) if found.get(key) is not None else None for key in keys)) for name, found in sources

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graftkit.methods import Method
+from graftkit.methods import BY_ROWS, Method
 from graftkit.methods.random import Keyed
+from graftkit.testing import samples
 from graftkit.testing.samples import Sample
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def settings(method: Method, knobs: Mapping[str, Any]) -> dict[str, Any]:
 def inputs(method: Method, sample: Sample, knobs: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that a method may read, by name, with the statistics of the whole tensor."""
     given = {"base": sample.base, "models": sample.models, "deltas": sample.models - sample.base, "rng": sample.rng}
+    given |= {"shape": tuple(sample.base.shape), "gates": samples.gates(sample)}
     return {**given, **method.measured(given, settings(method, knobs))}
 
 
@@ -35,7 +38,9 @@ def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] 
         name: given[name].reshape(given[name].shape[0], -1)[:, start:stop].reshape(given[name].shape[0], *shape)
         for name in ("models", "deltas")
     }
-    return {**given, **stacks, "base": base, "rng": Keyed(given["rng"].keys, start)}
+    width = math.prod(row)
+    rows = {name: given[name][:, start // width : -(-stop // width)] for name in BY_ROWS if row and name in given}
+    return {**given, **stacks, **rows, "base": base, "rng": Keyed(given["rng"].keys, start)}
 
 
 def result(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Tensor:
@@ -53,12 +58,11 @@ def kernel_weights(method: Method, given: Mapping[str, Any], knobs: Mapping[str,
     """The merged weights, flat [n], by the method's compiled twin; the inputs are copied, for it may overwrite them."""
     import torch
 
-    from graftkit.execution.apply import kernel_of
+    from graftkit.execution.apply import run_compiled
 
-    assert method.kernel is not None
     flat = {name: _flat(name, given[name]) for name in method.reads}
     out = np.full(given["base"].numel(), np.nan, given["base"].numpy().dtype)
-    kernel_of(method.kernel)(*flat.values(), **settings(method, knobs), out=out)
+    run_compiled(method, flat, settings(method, knobs), out)
     made = torch.from_numpy(out)
     return given["base"].reshape(-1) + made if method.returns_delta else made
 
@@ -83,10 +87,23 @@ def through_files(
         )
     models = [str(directory / model) for model in held if model != "base"]
     recipe = {"method": method.name, "models": models, "knobs": dict(knobs)}
+    if method.gates and method.settings(knobs).get("local_signal") != "none":
+        recipe["gates"] = _gates_file(method, directory, tensors, models)
     made = plan(recipe | ({"base": str(directory / "base")} if with_base else {}))
     execute(made, directory / "out", workers=1)
     merged = load_file(directory / "out" / "model.safetensors")
     return {step.name: (merged[step.name], Keyed(step.keys)) for step in made.steps}
+
+
+def _gates_file(method: Method, directory: Path, tensors: Mapping[str, Sample], models: list[str]) -> str:
+    """Writes the samples' gates, one a channel, for models on disk."""
+    from graftkit.checkpoints.gates import write_gates
+    from graftkit.checkpoints.sources import open_checkpoint
+
+    values = {name: samples.gates(one)[..., 0].numpy() for name, one in tensors.items() if one.base.ndim > 1}
+    prints = [open_checkpoint(Path(model)).fingerprint() for model in models]
+    write_gates(directory / "gates.safetensors", values, kind=method.gates[0], models=prints)
+    return str(directory / "gates.safetensors")
 
 
 def _flat(name: str, value: Any) -> Any:

@@ -39,6 +39,17 @@ class Sample:
         return replace(self, models=self.models[order].clone(), rng=Keyed(keys, self.rng.start))
 
 
+def gates(sample: Sample) -> Tensor:
+    """Gates of each channel that sum to one over the models, [models, out, 1]; a vector has equal ones."""
+    import torch
+
+    if sample.base.ndim < 2:
+        return sample.base.new_full((sample.count, 1, 1), 1 / sample.count)
+    source = torch.Generator().manual_seed(sample.base.shape[0])
+    drawn = torch.rand((sample.count, sample.base.shape[0], 1), generator=source) + 0.1
+    return (drawn / drawn.sum(dim=0)).to(sample.base.dtype)
+
+
 def counts(method: Method, most: int = 5) -> list[int]:
     """The numbers of models that the method takes, from 1 to `most`."""
     low, high = method.model_count
@@ -124,9 +135,18 @@ def combinations(method: Method) -> Iterator[dict[str, Any]]:
 
 
 def variants(method: Method) -> Iterator[dict[str, Any]]:
-    """Every combination of choices and switches; numbers stay at their defaults."""
+    """Choices and switches in every combination of any three of them; numbers stay at their defaults."""
     discrete = {name: ends(knob) for name, knob in method.knobs.items() if knob.kind in ("choice", "switch")}
-    yield from _product(method, discrete)
+    left = {k: _threes(chosen) for k, chosen in enumerate(_product(method, discrete))}
+    every, wanted = list(_product(method, discrete)), set().union(*left.values())
+    while wanted:
+        best = max(left, key=lambda k: len(left[k] & wanted))
+        wanted -= left.pop(best)
+        yield every[best]
+
+
+def _threes(chosen: Mapping[str, Any]) -> set[tuple[Any, ...]]:
+    return set(itertools.combinations(chosen.items(), min(3, len(chosen))))
 
 
 def _product(method: Method, values: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,48 @@
+"""A base that is not on this machine: what its adapters say of its shapes is enough to merge them among themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graftkit.checkpoints.adapters import Adapter
+from graftkit.checkpoints.headers import TensorInfo
+from graftkit.checkpoints.sources import Checkpoint
+from graftkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class Absent(Checkpoint):
+    """A checkpoint of which only names and shapes are known."""
+
+    kind: str = "absent"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """None."""
+        return ()
+
+    def fingerprint(self) -> str:
+        """No content, no hash."""
+        return ""
+
+    def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Raises CheckpointError: a plan that reads the base asks for it by name before."""
+        raise CheckpointError(f"{self.directory}: the base is not here, and {tensor.name!r} was read; this is a bug")
+
+
+def absent_base(name: str, adapters: Iterable[Adapter]) -> Absent:
+    """The base of some adapters by the name that they record, with the shapes of what they change."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for adapter in adapters:
+        for own, factors in adapter.factors.items():
+            shapes.setdefault(own, factors.shape)
+        for own, info in adapter.tensors.items():
+            shapes.setdefault(own, info.shape)
+    place = Path(name or "unknown")
+    return Absent(place, {own: TensorInfo(own, "F32", shape, place, 0, 0) for own, shape in shapes.items()}, {})

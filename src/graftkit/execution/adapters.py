@@ -1,0 +1,191 @@
+"""Steps whose delta leaves as factors, and the adapter that they make together.
+
+A weighted sum of adapters is their factors side by side; a method that commutes with rotations runs on their cores, or on rows of theirs;
+anything else is dense rows that go by. Only the last reads a base, and only where models or method need one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from graftkit import methods
+from graftkit.checkpoints import storage
+from graftkit.checkpoints.adapter_sink import AdapterSink
+from graftkit.checkpoints.adapters import WRAPPER, Adapter
+from graftkit.errors import GraftError, NonFiniteError
+from graftkit.execution.apply import apply, refusing
+from graftkit.execution.blocks import Workspace, non_finite, open_feed
+from graftkit.execution.factoring import Core, Factored, Wanted, balanced, core_of, norm_of, sketched, stacked
+from graftkit.methods.random import Keyed, key_of
+from graftkit.recipes.plan import Plan
+from graftkit.recipes.ranks import DEFAULT_ENERGY, Energy
+from graftkit.recipes.recipe import Recipe
+from graftkit.recipes.steps import BLOCK, KEPT, Step
+
+Merged = Callable[[int, int], tuple[np.ndarray, np.ndarray | None, bool]]
+"""A method's result for elements `[start, stop)`, the base's, and whether the result is a delta."""
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def wanted_of(recipe: Recipe) -> Wanted:
+    """How much of each delta the recipe keeps."""
+    rank = recipe.output.rank
+    if isinstance(rank, int):
+        return Wanted(rank=rank)
+    if rank == "exact":
+        return Wanted()
+    return Wanted(energy=rank.energy if isinstance(rank, Energy) else DEFAULT_ENERGY)
+
+
+def from_factors(plan: Plan, sink: AdapterSink, step: Step, device: str, space: Workspace) -> dict[str, Any]:
+    """Merges adapters by their factors and writes the result; returns the step's line of the record."""
+    assert step.form is not None
+    if step.form.path == "apart":
+        return _write(sink, step, _apart(plan, step, device, space))
+    method = methods.get(step.method)
+    pairs = [_pair(plan, step, k) for k in range(len(step.models))]
+    here = [pair for pair in pairs if pair is not None]
+    given = _statistics(pairs) if method.statistics else {}
+    wanted = wanted_of(plan.recipe)
+    if step.form.path == "stack":
+        factors = refusing(method, lambda: method.factors_of(given, step.knobs, len(pairs)))
+        used = np.array([f for f, pair in zip(factors, pairs, strict=True) if pair is not None])
+        left, right = stacked(here, used)
+        if wanted == Wanted() and left.shape[1] <= min(step.shape):
+            return _write(sink, step, balanced(left, right))
+        core = core_of([(left, right)])
+        return _write(sink, step, core.factored(core.cores[0], wanted))
+    core = core_of(here, columns_too=step.form.path == "core")
+    return _write(sink, step, core.factored(_in_core(step, core, pairs, given, device, space), wanted))
+
+
+def _pair(plan: Plan, step: Step, k: int) -> Pair | None:
+    """One model's delta as factors, float64; None where it leaves the tensor alone."""
+    if step.models[k].kind == "base":
+        return None
+    delta = open_feed(step.models[k], plan.sources, np.float64).delta_factors()
+    return delta.left, delta.right
+
+
+def _statistics(pairs: Sequence[Pair | None]) -> dict[str, np.ndarray]:
+    """Inner products and norms of the deltas, from the small products of their factors."""
+    dots = np.zeros((len(pairs), len(pairs)))
+    for s, one in enumerate(pairs):
+        for t, other in enumerate(pairs[: s + 1]):
+            if one is not None and other is not None:
+                dots[s, t] = dots[t, s] = float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
+    return {"dots": dots, "norms": np.sqrt(np.maximum(np.diagonal(dots), 0))}
+
+
+def _in_core(
+    step: Step, core: Core, pairs: Sequence[Pair | None], given: Mapping[str, Any], device: str, space: Workspace
+) -> np.ndarray:
+    """The method's result on the cores [models, rows, columns]; a model without factors has a core of zeros."""
+    cores, found = np.zeros((len(pairs), *core.cores.shape[1:])), iter(core.cores)
+    for k, pair in enumerate(pairs):
+        if pair is not None:
+            cores[k] = next(found)
+    flat = {**given, "deltas": cores.reshape(len(pairs), -1), "shape": step.shape}
+    result = apply(methods.get(step.method), flat, step.knobs, cores.shape[1:], device, space)
+    return np.array(result, np.float64).reshape(cores.shape[1:])
+
+
+def _apart(plan: Plan, step: Step, device: str, space: Workspace) -> Factored:
+    """PEFT's merge: the method on all B, and on all A, each with the root of its weight and scale."""
+    import torch
+
+    assert step.form is not None
+    here = [k for k, part in enumerate(step.models) if part.kind != "base"]
+    scales, raw = [], []
+    for part in (step.models[k] for k in here):
+        source = plan.sources[part.source].source
+        assert isinstance(source, Adapter)
+        scales.append(source.factors[part.name].scale)
+        raw.append(source.load(part.name, np.float64, scaled=False))
+        if not (np.isfinite(raw[-1].left).all() and np.isfinite(raw[-1].right).all()):
+            raise non_finite(plan.sources[part.source].label, source.factors[part.name].b)
+    weights = [step.knobs["weight"][k] * scale for k, scale in zip(here, scales, strict=True)]
+    roots = {False: [math.sqrt(abs(w)) for w in weights], True: [math.copysign(math.sqrt(abs(w)), w) for w in weights]}
+    knobs = {key: tuple(v[k] for k in here) if isinstance(v, tuple) else v for key, v in step.knobs.items()}
+    method, start, made = methods.get(step.method), 0, {}
+    for half in ("right", "left"):
+        stack = torch.from_numpy(np.stack([getattr(pair, half) for pair in raw]))
+        is_a = half == ("right" if step.form.kind == "linear" else "left")  # PEFT puts a weight's sign on A
+        knobs["weight"] = tuple(roots[is_a])
+        given: dict[str, Any] = {"deltas": stack, "rng": Keyed(tuple(step.keys[k] for k in here if step.keys), start)}
+        given |= method.measured(given, knobs)
+        made[half] = method.function(*(given[name] for name in method.reads), **knobs).numpy()
+        start += stack[0].numel()
+    left, right = made["left"], made["right"]
+    return Factored(left, right, norm_of(left.T @ left, right @ right.T), 0.0)
+
+
+def from_rows(plan: Plan, sink: AdapterSink, step: Step, merged: Merged) -> dict[str, Any]:
+    """Sketches a merged delta whose rows `merged` gives, and writes its factors; returns the line of the record."""
+    height, width = step.shape
+    rows = max(1, BLOCK // width) if step.grain != "tensor" else height
+    kept: list[np.ndarray] = []
+
+    def deltas() -> Iterator[np.ndarray]:
+        if kept:
+            yield from kept
+            return
+        for delta in made():
+            if step.elements <= KEPT:
+                kept.append(delta)
+            yield delta
+
+    def made() -> Iterator[np.ndarray]:
+        for first in range(0, height, rows):
+            last = min(first + rows, height)
+            result, base, is_delta = merged(first * width, last * width)
+            delta = np.array(result, np.float64)  # the method's own buffer is used again
+            if not is_delta and base is not None:
+                delta -= base
+            if not np.isfinite(delta).all():
+                raise NonFiniteError(f"tensor {step.name!r}: the merged delta is not finite")
+            yield delta.reshape(last - first, width)
+
+    wanted = wanted_of(plan.recipe)
+    found = sketched(deltas, (height, width), wanted, key_of(plan.recipe.seed, "sketch", 0, step.name))
+    if found is None:
+        raise GraftError(
+            f"tensor {step.name!r}: a share of {wanted.energy} of its energy takes factors larger than the tensor; "
+            "name a rank or a smaller share under output.rank, or write a checkpoint"
+        )
+    return _write(sink, step, found)
+
+
+def _write(sink: AdapterSink, step: Step, made: Factored) -> dict[str, Any]:
+    """Puts the factors into the spool as PEFT keeps them; a delta of zeros leaves nothing."""
+    assert step.form is not None
+    transposed = step.form.kind != "linear"
+    a, b = (made.left.T, made.right.T) if transposed else (made.right, made.left)
+    if made.rank:
+        names = ("lora_embedding_A", "lora_embedding_B") if step.form.kind == "embedding" else _LINEAR
+        for name, factor in zip(names, (a, b), strict=True):
+            wide = np.ascontiguousarray(factor, np.float64).reshape(-1)
+            raw = storage.narrow(wide, step.dtype, np.empty(wide.size * 8, np.uint8))
+            if not storage.finite(raw, step.dtype):
+                raise NonFiniteError(f"tensor {step.name!r}: a factor is not finite in {step.dtype}")
+            sink.put(sink.reserve(step.name, f"{WRAPPER}{step.form.module}.{name}", factor.shape), 0, raw)
+    return {
+        "method": step.method,
+        "rank": made.rank,
+        "delta_norm": made.norm,
+        "error_norm": made.error,
+        "energy": made.kept,
+    }
+
+
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+
+
+def begin_whole(sink: AdapterSink, step: Step) -> None:
+    """Makes room for a tensor that the adapter holds whole."""
+    sink.reserve(step.name, f"{WRAPPER}{step.name}", step.shape)
