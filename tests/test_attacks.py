@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import graftkit
 import tiny
+from graftkit.checkpoints import storage
 from graftkit.checkpoints.sink import JOURNAL, Sink
 from graftkit.errors import CheckpointError, GraftError, OutputError, PlanError
 from graftkit.recipes.recipe import load
@@ -196,6 +201,57 @@ def test_places_where_nothing_can_be_written_are_said(tmp_path: Path) -> None:
     assert (family[1] / "model.safetensors").is_file()
 
 
+def test_an_output_that_is_a_link_or_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.family(tmp_path / "family")
+    recipe = tiny.recipe(tmp_path / "family", "method: average\nmodels: [math, code]\n")
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("link", "dangling"):
+        with pytest.raises(OutputError, match=f"{name}: is a symbolic link"):
+            graftkit.merge(recipe, tmp_path / name)
+    monkeypatch.chdir(tmp_path / "empty" / "deeper")
+    for place in (".", "", ".."):
+        with pytest.raises(OutputError, match="is where you are"):
+            graftkit.merge(recipe, place, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["über 模型", "new\nline", "--out", "a'b\"c", "x" * 240])
+def test_outputs_of_any_name(tmp_path: Path, name: str) -> None:
+    family = tiny.family(tmp_path / "family")
+    made = graftkit.merge(average(family[1], family[2]), tmp_path / name)
+    assert json.loads((tmp_path / name / "graft.json").read_text()) == made
+
+
+def test_a_model_that_may_not_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = tiny.family(tmp_path)
+
+    def forbidden(directory: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied", str(directory))
+
+    monkeypatch.setattr(os, "listdir", forbidden)  # tests may run as root, whom no mode stops
+    with pytest.raises(CheckpointError, match=r"math: cannot be read \(Permission denied\)"):
+        graftkit.plan(average(family[1], family[2]))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_disk_that_fills_up_is_said_once(tmp_path: Path) -> None:
+    sink = Sink(tmp_path / "out", [("a.safetensors", [("one", "F32", (2,))])], "plan")
+    sink._journal.close()
+    sink._journal = open("/dev/full", "w")
+    with pytest.raises(OutputError, match="the disk is full"):
+        sink.finish("one", {})
+    sink.close()  # with the line still in its buffer
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_behind_the_printed_text_is_one_sentence() -> None:
+    program = [sys.executable, "-c", "from graftkit.cli import main; main()", "methods"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines() == ["graft: the output: the disk is full; free some room"]
+
+
 def test_a_bare_backbone_with_a_head_is_matched(tmp_path: Path) -> None:
     whole = tiny.weights(0) | {"lm_head.weight": torch.ones(40, 16, dtype=torch.bfloat16)}
     bare = {n.removeprefix("model."): t for n, t in whole.items()}
@@ -216,11 +272,99 @@ def test_a_header_that_is_no_header(tmp_path: Path) -> None:
             graftkit.plan(average(tmp_path))
 
 
+@pytest.mark.parametrize("shape", [[2**62, 2**62, 0], [0, 2**62, 2**62], [2**63, 0], [1] * 65])
+def test_a_shape_that_no_tensor_has(tmp_path: Path, shape: list[int]) -> None:
+    text = json.dumps({"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 4 * math.prod(shape)]}}).encode()
+    data = b"\0" * 4 * math.prod(shape)
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(CheckpointError, match=r"tensor 'a' of shape .* copy it anew"):
+        graftkit.plan(average(tmp_path))
+
+
+def test_an_output_that_will_lack_its_config_is_announced(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    recipe = average(family[1], family[2])
+    assert graftkit.plan(recipe).notes == ()
+    (family[1] / "config.json").unlink()
+    (note,) = graftkit.plan(recipe).notes
+    assert "math' has no config.json" in note and "transformers cannot load it" in note
+    assert graftkit.plan(recipe | {"output": {"like": str(family[2])}}).notes == ()
+    assert graftkit.merge(recipe, tmp_path / "out")["notes"] == [note]
+
+
+def test_a_copy_of_the_base_is_told_and_by_what_it_was_recognised(tmp_path: Path) -> None:
+    family = tiny.family(tmp_path)
+    twin = tiny.save(tmp_path / "twin", load_file(family[0] / "model.safetensors"))
+    recipe = {"method": "task_arithmetic", "base": str(family[0]), "models": [str(family[1]), str(twin)]}
+    (sampled,), (whole,) = (graftkit.plan(recipe, full_hash=full).notes for full in (False, True))
+    assert "twin' looks the same as the base, by samples" in sampled
+    assert "twin' is the same as the base, byte for byte" in whole
+
+
 def test_a_method_that_cannot_do_what_its_knobs_ask_says_so(tmp_path: Path) -> None:
     family = tiny.family(tmp_path)
     models = [{"model": str(family[1]), "weight": 1}, {"model": str(family[2]), "weight": -1}]
     with pytest.raises(GraftError, match="nuslerp"):
         graftkit.merge({"method": "nuslerp", "models": models}, tmp_path / "out")
+
+
+SIXTEEN = {"bfloat16": (torch.bfloat16, 2.0**-7), "float16": (torch.float16, 2.0**-10)}
+
+
+@pytest.mark.parametrize("where", ["base", "model"])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_float64_inputs_are_rounded_once(tmp_path: Path, dtype: str, where: str) -> None:
+    """Just beside the middle of two neighbours: rounded to float32 on the way, it would become the middle."""
+    narrow, step = SIXTEEN[dtype]
+    base = {n: torch.ones(s, dtype=torch.float64) for n, s in tiny.shapes().items()}
+    for side in (1, -1):
+        wanted = 1 + 1.5 * step + side * 2.0**-40
+        tuned = {n: torch.full_like(t, wanted) for n, t in base.items()}
+        whole, cut = (base, tuned) if where == "model" else (tuned, base)
+        a = tiny.save(tmp_path / f"a{side}", {n: t.to(narrow) for n, t in whole.items()} if where == "model" else whole)
+        b = tiny.save(tmp_path / f"b{side}", cut if where == "model" else {n: t.to(narrow) for n, t in cut.items()})
+        models = [{"model": str(b), "weight": 1.0 if where == "model" else 1e-30}]
+        recipe = {"method": "task_arithmetic", "base": str(a), "models": models, "output": {"dtype": dtype}}
+        graftkit.merge(recipe, tmp_path / f"out{side}")
+        for tensor in load_file(tmp_path / f"out{side}" / "model.safetensors").values():
+            assert (tensor.double() == 1 + (2 if side > 0 else 1) * step).all()
+
+
+def test_a_copied_float64_tensor_is_rounded_once(tmp_path: Path) -> None:
+    base = tiny.weights(0, dtype=torch.float64)
+    base["model.norm.weight"] = torch.full((16,), 1 + 2.0**-8 + 2.0**-40, dtype=torch.float64)
+    directory, lora = tiny.save(tmp_path / "base", base), tiny.adapter(tmp_path / "lora", 0)
+    recipe = {"method": "task_arithmetic", "base": str(directory), "models": [str(lora)], "accept_base": True}
+    graftkit.merge(recipe | {"output": {"dtype": "bfloat16"}}, tmp_path / "out")
+    assert (load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].double() == 1 + 2.0**-7).all()
+
+
+def test_float64_to_bfloat16_is_the_nearest() -> None:
+    every = torch.arange(0x7F80, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).double().numpy()
+    low, high = every[:-1], every[1:]
+    middle = (low + high) / 2
+    for wide, nearest in (
+        (middle, np.where(np.arange(len(low)) % 2, high, low)),  # ties to even
+        (np.nextafter(middle, 0), low),
+        (np.nextafter(middle, np.inf), high),
+        (low, low),
+    ):
+        for sign in (1, -1):
+            raw = storage.narrow(sign * wide, "BF16", np.empty(8 * wide.size, np.uint8))
+            assert np.array_equal(storage.as_float(raw, "BF16", np.float64), sign * nearest)
+
+
+def test_weights_beside_the_largest_number(tmp_path: Path) -> None:
+    """A mean of them is finite. Their difference has no place in float32: refused, never written as infinity."""
+    high = {n: torch.full(s, 3e38, dtype=torch.bfloat16) for n, s in tiny.shapes().items()}
+    a, b = tiny.save(tmp_path / "a", high), tiny.save(tmp_path / "b", high)
+    low = tiny.save(tmp_path / "low", {n: -t for n, t in high.items()})
+    graftkit.merge(average(a, b), tmp_path / "out")
+    assert all(torch.equal(t, high[n]) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
+    recipe = {"method": "ties", "base": str(low), "models": [str(a)], "knobs": {"density": 1}}
+    with pytest.raises(CheckpointError, match="the result is not finite in BF16"):
+        graftkit.merge(recipe, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_saving_again_gives_the_same_file(tmp_path: Path) -> None:

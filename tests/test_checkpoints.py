@@ -179,7 +179,7 @@ def test_fingerprints_are_of_content(tmp_path: Path) -> None:
 
 ADAPTERS = [
     ({"peft_type": "IA3"}, "adapter of type 'IA3'"),
-    ({"use_dora": True}, "DoRA"),
+    ({"use_dora": True}, "lora_magnitude_vector"),
     ({"lora_bias": True}, "lora_bias"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
 ]

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -75,8 +76,10 @@ def test_the_hot_path_does_without_torch(family: Path, tmp_path: Path) -> None:
 def test_methods_are_listed_and_explained() -> None:
     assert "task_arithmetic" in graft("methods").stdout
     page = graft("methods", "dare").stdout
-    assert "density = 0.5" in page and "Deviations" in page
+    assert "| `density` | 0.5 | number in [0, 1], one or one per model |" in page and "## Deviations" in page
     assert "did you mean 'dare'" in graft("methods", "dear").stderr
+    told = {entry["name"]: entry for entry in json.loads(graft("methods", "--json").stdout)}
+    assert told["ties"]["knobs"][1] == {"name": "density", "accepts": ANY, "default": 0.2} and "finish.svc" in told
 
 
 def test_version() -> None:

@@ -55,3 +55,52 @@ def test_inspect_and_convert_say_what_is_wrong(tmp_path: Path) -> None:
     for arguments in (["inspect", str(tmp_path)], ["convert", str(tmp_path / "no.gguf"), str(tmp_path / "out")]):
         done = CliRunner().invoke(app, arguments)
         assert isinstance(done.exception, GraftError)
+
+
+def evaluate(run: Path, *arguments: str) -> str:
+    done = CliRunner().invoke(app, ["evaluate", *arguments, "--threads", "1"])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output
+
+
+def test_experts_and_base_are_evaluated_with_the_models(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(run / "cache"))
+    rows = "".join(json.dumps({"prompt": "one", "answer": "two"}) + "\n" for _ in range(4))
+    (run / "words.jsonl").write_text(rows)
+    (run / "words.yaml").write_text("kind: exact_match\ndata: words.jsonl\nmax_new_tokens: 3\n")
+    roles = ["--base", str(run / "base"), "--expert", f"task={run / 'math'}"]
+    files = ["-t", str(run / "task.jsonl"), str(run / "words.yaml")]  # as a shell's `*` puts them
+    output = evaluate(run, str(run / "merged"), *files, *roles, "--subtasks")
+    for text in ("merged", "minus base", "normalised score", "exact_match", "words by subtask"):
+        assert text in output
+    told = json.loads(evaluate(run, str(run / "merged"), *files, *roles, "--json", "--limit", "1"))
+    assert told["models"] == ["base", "math", "merged"] and told["experts"] == {"task": "math"}
+    assert [one["model"] for one in told["comparisons"]] == ["math", "merged"]
+    assert set(told["normalised"]["merged"]) == {"task", "mean"} and told["tasks"][0]["items"] == 1
+    assert "were read from the cache" in evaluate(run, str(run / "merged"), *files, *roles)
+    assert "from the cache" not in evaluate(run, str(run / "merged"), *files, *roles, "--no-cache")
+    against = json.loads(evaluate(run, str(run / "base"), *files, str(run / "merged"), "--against", "base", "--json"))
+    assert [one["other"] for one in against["comparisons"]] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["base"], "no task given"),
+        (["-t", "task.jsonl"], "no model given"),
+        (["base", "-t", "task.jsonl", "--expert", "math"], "expected SKILL=MODEL"),
+        (["base", "-t", "task.jsonl", "--expert", "a=b", "--expert", "a=c"], "a has two experts"),
+        (["base", "-t", "task.jsonl", "--expert", "tsk=base"], "unknown skill 'tsk'; did you mean 'task'"),
+        (["base", "-t", "code.jsonl"], "runs programs that the models write"),
+        (["base", "-t", "task.jsonl", "--against", "bas"], "bas: "),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("GRAFTKIT_CACHE", str(run / "cache"))
+    (run / "code.jsonl").write_text(json.dumps({"prompt": "def f():", "test": "f()"}) + "\n")
+    with pytest.raises(GraftError, match=message):
+        evaluate(run, *arguments)

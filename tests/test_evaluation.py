@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from graftkit.data import Item, Task, load_task
+from graftkit.data import Item, Task
 from graftkit.errors import CheckpointError, DataError, NonFiniteError
-from graftkit.measuring.evaluation import Evaluation, compare, evaluate, normalised_score, normalised_scores
+from graftkit.measuring.evaluation import Evaluation, compare, evaluate
 from graftkit.measuring.resampling import ratio_estimates
+from talker import slow, tiny, tokenizer
 
-SENTENCES = [
-    "the cat sat on the mat",
-    "two and two make four",
-    "Berlin is a city",
-    "what is the capital of France? Paris",
-]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LOSS = Task(
     "loss",
     "answer_loss",
@@ -45,55 +35,9 @@ CHOICE = Task(
 )
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    inner.train_from_iterator(SENTENCES, trainer)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token=special[0], eos_token=special[2], extra_special_tokens=[special[1]]
-    )
-    wrapped.chat_template = TEMPLATE
-    return wrapped
-
-
-def tiny(seed: int = 0, **changes: Any) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": 320, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    config = LlamaConfig(**(sizes | changes))
-    model = LlamaForCausalLM(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4 if parameter.dim() > 1 else 1)  # far from uniform, so that mistakes show
-    return model
-
-
-def slow(model: Any, tokenizer: Any, task: Task, item: Item, choice: str) -> tuple[float, int]:
-    """Log-probability of a choice and its tokens: one item, full logits, no padding."""
-    import torch
-
-    prompt = item.prompt
-    answer = tokenizer(choice, add_special_tokens=False)["input_ids"]
-    if task.chat:
-        prompt = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        answer = [*answer, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.bos_token_id]
-    with torch.no_grad():
-        logits = model(torch.tensor([ids + answer])).logits[0]
-    table = torch.log_softmax(logits.double(), dim=-1)
-    return sum(table[len(ids) - 1 + i, token].item() for i, token in enumerate(answer)), len(answer)
+@pytest.fixture(scope="module", name="tokenizer")
+def _tokenizer() -> Any:
+    return tokenizer()
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -170,11 +114,12 @@ def test_an_evaluation_is_repeatable_and_goes_through_json(tokenizer: Any) -> No
     first, again, other = run(0), run(0), run(1)
     intervals = [[score.metrics for score in evaluation.scores] for evaluation in (first, again, other)]
     assert intervals[0] == intervals[1] != intervals[2]
-    assert calls[-1] == (26, 26) and calls == sorted(calls)
+    assert calls[-1] == (calls[-1][1],) * 2 and calls == sorted(calls)
     read = Evaluation.from_dict(json.loads(json.dumps(first.to_dict(), allow_nan=False)))
     assert read == first
     assert set(first.score("a", "loss").subtasks) == {"places", "sums"}
-    assert [column.name for column in first.table("loss").columns] == ["model", "loss", "places", "sums"]
+    assert [row[0] for row in first.table("loss").rows] == ["all", "places", "sums"]
+    assert [column.name for column in first.table("loss").columns] == ["subtask", "a", "b"]
     assert len(first.table().rows) == 2
     with pytest.raises(DataError, match="did you mean 'choice'"):
         first.table("choise")
@@ -221,7 +166,7 @@ def test_what_cannot_be_evaluated_is_refused(tokenizer: Any, tmp_path: Path) -> 
         evaluate([("a", tiny(), tokenizer)], [LOSS, LOSS])
     with pytest.raises(DataError, match=r"base: unknown model 'basis'; did you mean 'base'\?"):
         evaluate([("base", tiny(), tokenizer)], [LOSS], base="basis")
-    with pytest.raises(DataError, match="experts: unknown task"):
+    with pytest.raises(DataError, match="experts: unknown skill 'los'; did you mean 'loss'"):
         evaluate([("base", tiny(), tokenizer)], [LOSS], experts={"los": "base"})
     with pytest.raises(DataError, match=r"loss, item 1: .* tokens, but the model takes 8"):
         evaluate([("a", tiny(max_position_embeddings=8), tokenizer)], [LOSS])
@@ -278,125 +223,3 @@ def test_comparisons_are_paired(tokenizer: Any) -> None:
     assert there.difference.value == pytest.approx(-back.difference.value)
     assert there.difference.low == pytest.approx(-(back.difference.high or 0))
     assert "minus" in compare(found, "base", "other").table().title
-
-
-def test_normalised_scores() -> None:
-    assert normalised_score(2.0, 1.25, 1.0) == 0.75
-    assert normalised_score(0.2, 0.5, 0.6) == pytest.approx(0.75)
-    assert math.isnan(normalised_score(1.0, 0.5, 1.0))
-
-
-def made_up(losses: dict[str, list[float]]) -> Evaluation:
-    from graftkit.measuring.results import ItemScore, TaskSummary, summarise
-
-    task = TaskSummary("t", "answer_loss", False, "", "", 20)
-    scores = tuple(
-        summarise(name, task, tuple(ItemScore("", 0, (-v,), (1,), (1,)) for v in values), 0.0, resamples=500, seed=0)
-        for name, values in losses.items()
-    )
-    settings = {"seed": 0, "resamples": 500}
-    return Evaluation(tuple(losses), (task,), scores, {}, "base", {"t": "expert"}, settings)
-
-
-def test_normalised_scores_need_an_expert_that_learned_something() -> None:
-    from graftkit.measuring.comparison import normalised_table
-
-    noise = np.random.default_rng(0).normal(0, 0.1, 20)
-    clear = made_up({"base": list(3 + noise), "merged": list(2.5 + noise), "expert": list(2 + noise)})
-    scores = normalised_scores(clear, "merged")
-    assert scores["t"].value == scores["mean"].value == pytest.approx(0.5)
-    assert scores["t"].low == pytest.approx(0.5) and scores["t"].high == pytest.approx(0.5)
-    assert normalised_scores(clear, "expert")["t"].value == 1
-    unclear = made_up({"base": list(3 + noise), "merged": list(2.5 + noise), "expert": list(3 - noise)})
-    assert math.isnan(normalised_scores(unclear, "merged")["t"].value)
-    assert "no score on t" in normalised_table(unclear).note
-
-
-def write(path: Path, *records: Any) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def test_a_described_task_loads(tmp_path: Path) -> None:
-    write(
-        tmp_path / "d.jsonl",
-        {"prompt": "p\u2028q", "answer": "a", "subtask": "s", "id": 3},
-        {"prompt": "", "answer": "b"},
-    )
-    (tmp_path / "t.yaml").write_text("name: sums\nkind: answer_loss\ndata: d.jsonl\nchat: true\ndescription: easy\n")
-    task = load_task(tmp_path / "t.yaml")
-    assert (task.name, task.kind, task.chat, task.description) == ("sums", "answer_loss", True, "easy")
-    assert task.items == (Item("p\u2028q", ("a",), 0, "s"), Item("", ("b",)))
-    assert len(task.fingerprint) == 64
-
-
-def test_a_bare_file_is_a_task(tmp_path: Path) -> None:
-    path = write(tmp_path / "quiz.jsonl", {"prompt": "p", "choices": ["a", "b"], "answer": 1})
-    assert load_task(path).kind == "multiple_choice" and load_task(path).name == "quiz"
-    path = write(tmp_path / "plain.jsonl", {"prompt": "p", "answer": "a"})
-    assert load_task(path).kind == "answer_loss"
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ({"prompt": "p", "anser": "a"}, r"d\.jsonl:2: unknown field 'anser'; did you mean 'answer'\?"),
-        ({"prompt": "p"}, r"d\.jsonl:2: answer is missing"),
-        ({"prompt": 3, "answer": "a"}, r"d\.jsonl:2: prompt: expected a text, got 3"),
-        ({"prompt": "p", "answer": ""}, r"d\.jsonl:2: answer: expected a text, got an empty one"),
-        (["p"], r"d\.jsonl:2: expected an object"),
-    ],
-)
-def test_a_bad_record_is_named_by_its_line(tmp_path: Path, second: Any, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load_task(write(tmp_path / "d.jsonl", {"prompt": "p", "answer": "a"}, second))
-
-
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"choices": ["a", "b"], "answer": 2}, "answer: expected an index from 0 to 1, got 2"),
-        ({"choices": ["a", "b"], "answer": True}, "answer: expected an integer, got True"),
-        ({"choices": ["a"], "answer": 0}, "expected two or more texts"),
-        ({"choices": ["a", "a"], "answer": 0}, "two are the same"),
-    ],
-)
-def test_bad_choices_are_refused(tmp_path: Path, record: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load_task(write(tmp_path / "d.jsonl", {"prompt": "p"} | record))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("kind: answer_loss\ndatta: d.jsonl\n", "unknown key 'datta'; did you mean 'data'"),
-        ("kind: answer_los\ndata: d.jsonl\n", "unknown kind 'answer_los'; did you mean 'answer_loss'"),
-        ("kind: answer_loss\n", "data is missing"),
-        ("kind: answer_loss\ndata: no.jsonl\n", "does not exist"),
-        ("kind: answer_loss\ndata: d.jsonl\nchat: 1\n", "chat: expected true or false, got 1"),
-        ("- a\n", "expected keys name, kind"),
-        ("a: [\n", "not YAML"),
-        ("kind: multiple_choice\ndata: d.jsonl\n", r"d\.jsonl:1: choices is missing"),
-    ],
-)
-def test_a_bad_description_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    write(tmp_path / "d.jsonl", {"prompt": "p", "answer": "a"})
-    (tmp_path / "t.yaml").write_text(text)
-    with pytest.raises(DataError, match=message):
-        load_task(tmp_path / "t.yaml")
-
-
-def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "torn.jsonl").write_text('\n{"prompt": "p"')
-    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
-    (tmp_path / "x.csv").write_text("a")
-    for name, message in [
-        ("absent.yaml", "no such file"),
-        ("empty.jsonl", "no records"),
-        ("torn.jsonl", r"torn\.jsonl:2: not JSON"),
-        ("latin.jsonl", "not UTF-8"),
-        ("x.csv", "got '.csv'"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            load_task(tmp_path / name)

@@ -17,7 +17,7 @@ import tiny
 from graftkit.cli import app
 from graftkit.cli.inspect import meaning
 from graftkit.errors import DataError, PlanError
-from graftkit.measuring import inspection
+from graftkit.measuring import inspection, passes
 from graftkit.measuring.inspection import inspect
 from graftkit.recipes import layout
 
@@ -89,7 +89,7 @@ def test_values_on_the_edges_of_bins_fall_as_in_numpy(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kinds", ["checkpoints", "adapters", "mixed"])
 def test_deltas_of_models_of_all_kinds(tmp_path: Path, kinds: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "BLOCK", 100)
+    monkeypatch.setattr(passes, "BLOCK", 100)
     base, *tuned = tiny.family(tmp_path, dtype=torch.float32)
     lora = [tiny.adapter(tmp_path / "lora_a", 5), tiny.adapter(tmp_path / "lora_b", 6, targets=("q_proj", "up_proj"))]
     models = {"checkpoints": tuned, "adapters": lora, "mixed": [tuned[0], *lora]}[kinds]
@@ -184,6 +184,21 @@ def test_what_is_not_finite_is_named_and_left_out(tmp_path: Path) -> None:
     assert beside.changes[0].tensors[name].elements == values.size - 2
     left, right = values - held(base)[name].ravel(), (held(code)[name] - held(base)[name]).ravel()
     check_pair(beside.pairs[0].tensors[name], left[finite], right[finite], 1e-6)
+
+
+def test_integers_alone_are_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    save_file({"n": torch.arange(5), "m": torch.ones(2, dtype=torch.int32)}, tmp_path / "a" / "model.safetensors")
+    save_file({"n": torch.ones(5)}, tmp_path / "b" / "model.safetensors")
+    for models, base in (
+        ([tmp_path / "a"], None),
+        ([tmp_path / "b", tmp_path / "a"], None),
+        ([tmp_path / "b"], tmp_path / "a"),
+    ):
+        with pytest.raises(PlanError, match=r"'a': no tensor of floating point in .*, only I32, I64"):
+            inspect(models, base)
 
 
 def test_integers_are_counted_and_not_measured(tmp_path: Path) -> None:

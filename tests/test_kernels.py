@@ -124,8 +124,7 @@ def test_edges_of_chunks(name, size):
     models = torch.randint(-4, 5, (3, size), generator=draw).double()
     given = {"base": base, "models": models, "deltas": models - base, "rng": Keyed.of(seed=1, models=3)}
     method, knobs = methods.get(name), {"density": 0.5, **({"elect": "sign"} if name == "dare" else {})}
-    if name == "ties":
-        given["threshold"] = parts.threshold_of(given["deltas"], 0.5)
+    given |= method.measured(given, evaluation.settings(method, knobs))
     want = evaluation.weights(method, given, knobs)
     torch.testing.assert_close(evaluation.kernel_weights(method, given, knobs), want, rtol=1e-14, atol=1e-14)
 
@@ -133,8 +132,8 @@ def test_edges_of_chunks(name, size):
 def kept(rng, density, size):
     """Ones that DARE keeps, not rescaled."""
     out = np.empty(size)
-    knobs = {"weight": (1.0,), "density": (density,), "scale": 1.0, "elect": "none", "rescale": False}
-    kernels.dare(np.ones((1, size)), rng, **knobs, out=out)
+    chosen = methods.get("dare").settings({"weight": (1.0,), "density": (density,), "rescale": False})
+    kernels.dare(np.ones((1, size)), rng, np.ones(1), **chosen, out=out)
     return out
 
 
@@ -157,7 +156,8 @@ def test_dare_compares_like_the_reference_at_the_very_number():
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     """The steps of a merge of two models of tied, tiny, zero and huge deltas, larger than a block in one tensor."""
-    from graftkit.recipes.plan import BLOCK, plan
+    from graftkit.recipes.plan import plan
+    from graftkit.recipes.steps import BLOCK
 
     root, draw = tmp_path_factory.mktemp("models"), np.random.default_rng(0)
     shapes = {"a.weight": (BLOCK // 512 + 3, 512), "b.weight": (5, 7), "c.bias": (3,)}
@@ -173,6 +173,12 @@ def steps(tmp_path_factory):
     return plan(recipe), [np.concatenate([m[n].ravel() for n in shapes]).astype(np.float64) for m in (grid, wide)]
 
 
+def opening(plan):
+    from graftkit.execution.blocks import Reader
+
+    return lambda step, space: Reader(step, plan.sources, space)
+
+
 @pytest.mark.parametrize("density", [(0.2, 0.2), (0.0, 1.0), (1e-9, 0.999), (0.5, 0.013)])
 def test_the_engine_selects_the_exact_threshold(steps, density):
     """Radix selection over blocks and tensors finds what a full sort finds, and counts what it keeps."""
@@ -180,7 +186,7 @@ def test_the_engine_selects_the_exact_threshold(steps, density):
     from graftkit.execution.reductions import select
 
     plan, deltas = steps
-    found = select(plan.steps, density, plan.sources, Workspace())
+    found = select(plan.steps, density, opening(plan), Workspace())
     for k, (delta, share) in enumerate(zip(deltas, density, strict=True)):
         want = 0.0 if share == 1 else kth_magnitude(delta, share)
         assert found.values[k] == np.float32(want)
@@ -198,9 +204,9 @@ def test_the_engine_selects_as_parts_does(steps):
         part = stack[:, offset : offset + step.elements]
         offset += step.elements
         for density in [(0.2, 0.2), (0.0, 1.0), (0.5, 0.001)]:
-            found = select([step], density, plan.sources, Workspace())
+            found = select([step], density, opening(plan), Workspace())
             np.testing.assert_array_equal(found.values, parts.threshold_of(part, density).numpy())
         dots = parts.statistic("dots", part, {})
         for of_deltas in (True, False):  # the base is zero: both are the same
-            got = inner_products(step, plan.sources, Workspace(), of_deltas)
+            got = inner_products(opening(plan)(step, Workspace()), of_deltas)
             np.testing.assert_allclose(got, dots, rtol=1e-12)

@@ -139,7 +139,7 @@ def test_registering_refuses_what_the_engine_could_not_run(monkeypatch):
 
 
 def test_what_follows_from_a_signature():
-    assert methods.get("ties").statistics == ("threshold",)
+    assert methods.get("ties").statistics == ("threshold", "retained")
     assert methods.get("ties").scope({"scope": "model"}) == "model" and methods.get("ties").scope({}) == "tensor"
     assert methods.get("ties").needs_base and methods.get("ties").returns_delta
     assert not methods.get("average").needs_base and not methods.get("average").returns_delta

@@ -132,8 +132,8 @@ def test_dare_gives_the_delta_on_average(elect):
     """The mean over seeds tends to the delta, entry by entry, within five sigma."""
     density, seeds = 0.3, 600
     deltas = torch.randn(1, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    function = methods.get("dare").function
-    drawn = [function(deltas, Keyed.of(seed=seed, models=1), density=density, elect=elect) for seed in range(seeds)]
+    function, whole = methods.get("dare").function, torch.ones(1)
+    drawn = [function(deltas, Keyed.of(seed=s, models=1), whole, density=density, elect=elect) for s in range(seeds)]
     sigma = deltas[0].abs() * math.sqrt((1 - density) / density / seeds)
     assert bool(((torch.stack(drawn).mean(dim=0) - deltas[0]).abs() < 5 * sigma).all())
 
@@ -143,7 +143,7 @@ def test_dare_keeps_its_share_and_nothing_else():
     deltas = torch.randn(3, 100, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     masks = torch.stack(
         [
-            methods.get("dare").function(deltas[k : k + 1], Keyed((key,)), density=density) != 0
+            methods.get("dare").function(deltas[k : k + 1], Keyed((key,)), torch.ones(1), density=density) != 0
             for k, key in enumerate(Keyed.of(seed=0, models=3).keys)
         ]
     )

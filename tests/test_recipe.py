@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import graftkit
 import tiny
 from graftkit.errors import GraftError, PlanError, RecipeError
-from graftkit.recipes.recipe import Recipe, load, parse_size
+from graftkit.recipes.recipe import Output, Recipe, Rule, Where, load, parse_size
 
 GOOD = """
 method: ties
@@ -83,6 +86,54 @@ def test_a_mistake_is_refused_with_its_place(family: Path, line: str, message: s
     text = f"method: ties\nbase: base\nmodels: [math, code]\n{line}\n"
     with pytest.raises(RecipeError, match=message):
         planned(family, text)
+
+
+STRANGE = [
+    ("method: 5", "recipe: method: got 5, expected the name of a method, such as ties"),
+    ("method:", "recipe: method: got nothing, expected the name of a method, such as ties"),
+    ("models: math", "recipe: models: got 'math', expected a list of at least one model"),
+    ("models: []", "recipe: models: got [], expected a list of at least one model"),
+    ("models: [3]", "recipe: models[0]: got 3, expected a path, a hub id, the file of a recipe, or a mapping with"),
+    ("models: [{model: ''}]", "recipe: models[0].model: got '', expected a path, a hub id or the file of a recipe"),
+    ("models: [{modle: a}]", "recipe: the key 'models[0].model' is missing, expected a path, a hub id or the file of"),
+    ("models: [{modle: a}]", "; is 'modle' meant to be it?"),
+    ("knobs: {3: 4}", "recipe: the key 3 is not text; write it in quotes"),
+    ("knobs: [1]", "recipe: knobs: got [1], expected a mapping of a method's knobs, such as {density: 0.2}"),
+    ("rules: {where: {role: mlp}}", "recipe: rules: got {'where': {'role': 'mlp'}}, expected a list of rules"),
+    ("rules: [{where: mlp}]", "recipe: rules[0].where: got 'mlp', expected a mapping with name, role or layers"),
+    ("rules: [{where: {layers: [a]}}]", "recipe: rules[0].where.layers: got ['a'], expected a number, a span such as"),
+    ("output: bfloat16", "recipe: output: got 'bfloat16', expected a mapping such as {dtype: bfloat16}"),
+    ("accept_base: yes please", "recipe: accept_base: got 'yes please', expected true or false"),
+    ("seed: 1.5", "recipe: seed: got 1.5, expected a whole number from 0 to 2^64 - 1"),
+    (f"base: [{'long, ' * 99}]", "...,"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), STRANGE)
+def test_a_value_of_another_kind_is_refused_in_our_own_words(line: str, message: str) -> None:
+    kept = {"method": "method: ties", "models": "models: [a]"}
+    kept.pop(line.partition(":")[0], None)
+    with pytest.raises(RecipeError) as told:
+        load("\n".join([*kept.values(), line]) + "\n")
+    assert message in str(told.value) and len(str(told.value)) < 400
+
+
+@pytest.mark.parametrize("value", [None, 3, 1.5, True, "strange", [[]], {"strange": 1}])
+def test_no_message_is_the_parsers(value: object) -> None:
+    """Whatever stands where, in any key that there is, the words are ours."""
+    whole = {"method": "ties", "models": ["a"], "rules": [{"where": {"role": "mlp"}, "method": "ties"}], "output": {}}
+    places = [([], Recipe), (["rules", 0], Rule), (["rules", 0, "where"], Where), (["output"], Output)]
+    for place, model in places:
+        for name, field in model.model_fields.items():
+            data = copy.deepcopy(whole)
+            inner: Any = data
+            for part in place:
+                inner = inner[part]
+            inner[field.alias or name] = value
+            try:
+                load(data)
+            except RecipeError as error:
+                assert not re.search(r"[Ii]nput|valid |instance of|validation|pydantic", str(error)), str(error)
 
 
 MODELS = [

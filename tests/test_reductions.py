@@ -12,10 +12,10 @@ import graftkit
 import tiny
 from graftkit import methods
 from graftkit.execution import blocks
-from graftkit.execution.blocks import Workspace
+from graftkit.execution.blocks import Reader, Workspace
 from graftkit.execution.reductions import inner_products, select
 from graftkit.methods import Range, method
-from graftkit.methods.parts import kept_count, threshold_of
+from graftkit.methods.parts import band_of, deviation, kept_count, threshold_of, variation_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,9 @@ def test_the_threshold_is_the_exact_kth_magnitude(tmp_path: Path, dtype: torch.d
     plan = graftkit.plan(recipe(family, knobs={"density": density}))
     whole = deltas(family)
     for step in plan.steps:
-        found = select([step], step.knobs["density"], plan.sources, Workspace())
+        found = select(
+            [step], step.knobs["density"], lambda step, space: Reader(step, plan.sources, space), Workspace()
+        )
         wanted = threshold_of(whole[step.name], density).numpy()
         assert np.array_equal(found.values, wanted)
         kept = (whole[step.name].abs() >= torch.from_numpy(wanted).reshape(-1, *[1] * len(step.shape))).double()
@@ -72,6 +74,29 @@ def test_tied_magnitudes_are_all_kept_and_counted(tmp_path: Path) -> None:
     assert all(t["density"] == [1.0, 1.0] for t in record["tensors"])
 
 
+@pytest.mark.parametrize("knobs", [{"density": d, "outliers": o} for d in (0, 0.3, 1) for o in (0, 0.05, 1)])
+def test_the_record_says_what_share_breadcrumbs_kept(tmp_path: Path, knobs: dict) -> None:
+    family = tiny.family(tmp_path)
+    record = graftkit.merge(recipe(family, method="breadcrumbs", knobs=knobs), tmp_path / "out")
+    for told in record["tensors"]:
+        magnitudes = deltas(family)[told["name"]].reshape(2, -1).abs()
+        low, high = band_of(magnitudes, **knobs)
+        kept = (magnitudes >= low[:, None]) & (magnitudes <= high[:, None])
+        assert np.allclose(told["density"], kept.double().mean(dim=1))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_the_record_says_what_share_sce_selected(tmp_path: Path, share: float) -> None:
+    family = tiny.family(tmp_path)
+    record = graftkit.merge(recipe(family, method="sce", knobs={"select_topk": share}), tmp_path / "out")
+    for told in record["tensors"]:
+        whole = deltas(family)[told["name"]]
+        varied = deviation(whole.double()).float()
+        chosen = (varied >= variation_of(whole, share)) & (varied > 0)
+        wanted = chosen.sum() / (varied > 0).sum() if share < 1 else 1.0
+        assert told["select_topk"] == pytest.approx(float(wanted))
+
+
 def test_model_scope_counts_over_all_tensors_that_the_settings_merge(tmp_path: Path) -> None:
     family = tiny.family(tmp_path, dtype=torch.float32)
     rules = [{"where": {"role": "norm"}, "method": "task_arithmetic"}]
@@ -83,7 +108,7 @@ def test_model_scope_counts_over_all_tensors_that_the_settings_merge(tmp_path: P
     limit = threshold_of(flat, 0.1)
     out, base = (load_file(p / "model.safetensors") for p in (tmp_path / "out", family[0]))
     for name, delta in whole.items():
-        wanted = methods.get("ties").function(delta, limit)
+        wanted = methods.get("ties").function(delta, limit, torch.ones(2))
         assert torch.allclose(out[name] - base[name], wanted, atol=1e-6)
     assert [s["name"] for s in record["execution"]["stages"]] == ["statistics", "merge"]
     told = [t["density"] for t in record["tensors"] if t["method"] == "ties"]
@@ -97,7 +122,7 @@ def test_inner_products(tmp_path: Path) -> None:
     for step in plan.steps:
         stack = torch.stack([m[step.name].double().reshape(-1) for m in tuned])
         assert np.allclose(
-            inner_products(step, plan.sources, Workspace(), False), (stack @ stack.T).numpy(), rtol=1e-12
+            inner_products(Reader(step, plan.sources, Workspace()), False), (stack @ stack.T).numpy(), rtol=1e-12
         )
 
 

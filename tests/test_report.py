@@ -110,7 +110,7 @@ def test_the_page_shows_everything_it_was_given(page: str) -> None:
         assert text in page
     for heading in ("Scores", "How much of each expert was kept", "What was merged", "What it cost", "the same again"):
         assert heading in page
-    assert page.count("<svg") == 4  # scores, normalised, two grids of one merge
+    assert page.count("<svg") == 6  # scores, differences, normalised, three grids of one merge
     assert "currentColor" in page and "#010203" not in page
 
 
@@ -136,20 +136,20 @@ def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:
 
 
 def test_grids_follow_layers_and_roles() -> None:
-    (grid,) = records.norm_grids(RECORD)
+    (grid,) = records.norm_grids(records.read(RECORD))
     assert (grid.stack, grid.layers, grid.roles) == ("model.layers", ("0", "1"), ("q_proj", "experts.up_proj"))
     assert grid.values[0][0] == 3 and math.isnan(grid.values[0][1])
     assert grid.values[1] == (4, 5)
-    (swallowed,) = records.swallowed_grids(RECORD)
+    (swallowed,) = records.swallowed_grids(records.read(RECORD))
     assert swallowed.values[1] == (25, 50)
 
 
 def test_tables_of_records() -> None:
-    assert records.costs_table([("m", RECORD), ("n", {})]).rows == (
+    assert records.costs_table([("m", records.read(RECORD)), ("n", records.read({"format": 1}))]).rows == (
         ("m", 1.5, 256.0, 2.0, 1.0, 3, 2, "cpu"),
         ("n", None, None, None, None, None, None, None),
     )
-    name, tensors, norm, _, unchanged = records.deltas_table([("m", RECORD)]).rows[0]
+    name, tensors, norm, _, unchanged = records.deltas_table([("m", records.read(RECORD))]).rows[0]
     assert (name, tensors) == ("m", 5)
     assert norm == pytest.approx(math.sqrt(50)) and unchanged == pytest.approx(35)
 
@@ -159,3 +159,76 @@ def test_pictures_repeat_and_take_what_is_missing() -> None:
     assert plots.interval_plot(**draw) == plots.interval_plot(**draw)
     empty = plots.heat_map([[math.nan]], ["0"], ["q"], label="norm")
     assert empty.startswith("<svg") and 'aria-label="norm"' in empty
+
+
+NULLS: dict[str, Any] = {key: None for key in RECORD} | {"format": 1}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        NULLS,
+        RECORD | {"plan": {"hash": None, "steps": None}, "execution": {"seconds": None}, "versions": {"torch": None}},
+        RECORD | {"inputs": [None, {"role": None, "source": None}], "tensors": [None, {"name": None}]},
+        RECORD | {"tensors": [tensor("model.layers.0.mlp.up_proj.weight", 1.0) | {"shape": None, "unchanged": None}]},
+        RECORD | {"tensors": [tensor("model.layers.0.mlp.up_proj.weight", 0.0)]},
+    ],
+)
+def test_parts_that_are_null_are_left_out(record: dict[str, Any], tmp_path: Path) -> None:
+    page = write_report(tmp_path / "a.html", title="t", evaluation=None, merges=[("m", record)]).read_text()
+    assert "What was merged" in page and "None" not in page
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({}, "m: not a merge's record of format 1: it has nothing"),
+        ({"format": 7, "a": 1}, "not a merge's record of format 1: it has a, format"),
+        (RECORD | {"tensors": "x"}, "tensors: .*tuple, got 'x'"),
+        (RECORD | {"tensors": [{"name": 3}]}, r"tensors\.0\.name: .*string, got 3"),
+        (RECORD | {"execution": {"seconds": "long"}}, "execution.seconds: .*number"),
+        (RECORD | {"plan": []}, "plan: "),
+    ],
+)
+def test_records_of_another_kind_are_refused(record: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        write_report(tmp_path / "a.html", title="t", evaluation=None, merges=[("m", record)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scores": None}, "scores: "),
+        ({"tasks": [{}]}, r"tasks\.0\.name"),
+        ({"models": ["base", "math", HOSTILE, "more"]}, "more has no full score on sums"),
+        ({"scores": []}, "no full score on sums; evaluate again"),
+    ],
+)
+def test_evaluations_that_are_not_whole_are_refused(change: dict[str, Any], message: str) -> None:
+    whole = evaluation().to_dict()
+    assert Evaluation.from_dict(whole) == evaluation()
+    with pytest.raises(DataError, match=message):
+        Evaluation.from_dict(whole | change)
+    with pytest.raises(DataError, match="not an evaluation of format"):
+        Evaluation.from_dict([whole])
+
+
+def test_an_older_evaluation_is_read() -> None:
+    old = evaluation().to_dict() | {"format": 1}
+    for task in old["tasks"]:
+        del task["skill"], task["metrics"]
+    for score in old["scores"]:
+        del score["cached"]
+    assert Evaluation.from_dict(old) == evaluation()
+
+
+def test_differences_are_shown_with_verdicts(page: str) -> None:
+    assert "Against base" in page and "minus base on the same items" in page
+    assert ">better<" in page.replace("\n", "").replace("      ", "") and "Δ loss" in page
+
+
+def test_lines_are_told_apart() -> None:
+    lines = {f"pair {k}": [0.1 * k, None, 0.3] for k in range(7)}
+    drawn = plots.line_plot([0, 1, 2], lines, xlabel="layer", ylabel="cosine", line=0.0)
+    assert drawn.startswith("<svg") and all(f"pair {k}" in drawn for k in range(7)) and "currentColor" in drawn
+    assert drawn == plots.line_plot([0, 1, 2], lines, xlabel="layer", ylabel="cosine", line=0.0)

@@ -37,6 +37,14 @@ class TestNuslerp(MethodConformance):
     method = "nuslerp"
 
 
+class TestNuslerpRows(MethodConformance):
+    method = "nuslerp_rows"
+
+
+class TestNuslerpColumns(MethodConformance):
+    method = "nuslerp_columns"
+
+
 def run(name, base, models, **knobs):
     base = None if base is None else torch.tensor(base)
     return methods.get(name).run(base=base, models=torch.tensor(models), **knobs).numpy()
@@ -51,11 +59,30 @@ SEVERAL = st.integers(2, 4)
 
 
 @PROPERTY
-@given(inputs.cases(SEVERAL))
-def test_model_stock_is_its_reference(case):
-    assert_equal(run("model_stock", case.base, case.models), reference.model_stock(case.base, case.models), case)
-    rows = reference.model_stock_rows(case.base, case.models)
-    assert_equal(run("model_stock_rows", case.base, case.models), rows, case)
+@given(inputs.cases(SEVERAL), st.booleans())
+def test_model_stock_is_its_reference(case, extrapolate):
+    """Where the divisor is small, rounding is all that is left of it."""
+    for name, want in (("model_stock", reference.model_stock), ("model_stock_rows", reference.model_stock_rows)):
+        merged = want(case.base, case.models, extrapolate)
+        assume(np.abs(merged).max(initial=0) < 100 * case.largest)
+        assert_equal(run(name, case.base, case.models, extrapolate=extrapolate), merged, case, 1e3)
+
+
+@PROPERTY
+@given(inputs.cases(st.just(2)), st.sampled_from([0.1, 1.0, 3.0]), st.sampled_from([("rows", -1), ("columns", 0)]))
+def test_nuslerp_of_rows_and_of_columns(case, weight, along):
+    deltas = case.models - case.base
+    want = case.base + reference.nuslerp_along(*deltas, (weight, 1.0), along[1])
+    got = run(f"nuslerp_{along[0]}", case.base, case.models, weight=(weight, 1.0))
+    assert_equal(got, want, case, 1e4)
+
+
+def test_karcher_stops_where_it_is_told_to():
+    models = [[1.0, 0], [1, 0], [0, 1]]
+    start, one = (run("karcher", None, models, iterations=k) for k in (0, 1))
+    assert start == pytest.approx(np.array([2.0, 1.0]) / 5**0.5)
+    assert not np.allclose(start, one)
+    assert run("karcher", None, models, tolerance=1.0) == pytest.approx(start)
 
 
 @PROPERTY

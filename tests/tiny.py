@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from graftkit.checkpoints.gates import write_gates
+from graftkit.checkpoints.sources import open_checkpoint
+
 HIDDEN, INNER, VOCABULARY, LAYERS = 16, 24, 40, 2
 
 CONFIG = {
@@ -112,6 +115,15 @@ def adapter(
     }
     (directory / "adapter_config.json").write_text(json.dumps(settings | config))
     return directory
+
+
+def gates(file: Path, kind: str, *models: Path) -> Path:
+    """Gates of two models on disk, one for each channel of each matrix but their embedding."""
+    prints, generator = [open_checkpoint(model).fingerprint() for model in models], torch.Generator().manual_seed(0)
+    matrices = {n: t.shape for n, t in open_checkpoint(models[0]).tensors.items() if len(t.shape) == 2}
+    drawn = {n: torch.rand(shape[0], generator=generator) for n, shape in matrices.items() if "embed" not in n}
+    write_gates(file, {n: torch.stack([one, 1 - one]).numpy() for n, one in drawn.items()}, kind=kind, models=prints)
+    return file
 
 
 def recipe(directory: Path, text: str) -> Path:

@@ -7,7 +7,7 @@ import numpy as np
 from reference.ties import disjoint
 
 
-def sce(base, models, select_topk, scale=1.0):
+def sce(base, models, select_topk, scale=1.0, floor=0.0):
     deltas = np.array([model - base for model in models])
     if select_topk < 1:
         spread = np.array(np.std(deltas, axis=0), np.float32)
@@ -18,7 +18,8 @@ def sce(base, models, select_topk, scale=1.0):
         deltas = np.where(spread >= smallest, deltas, 0.0)
     energies = [float(np.sum(delta**2)) for delta in deltas]
     total = sum(energies)
-    weight = [energy / total if total else 1 / len(deltas) for energy in energies]
+    small = total == 0 or total / deltas[0].size < floor
+    weight = [1 / len(deltas) if small else energy / total for energy in energies]
     merged = np.zeros(base.shape)
     for place in np.ndindex(base.shape):
         merged[place] = scale * disjoint([d[place] for d in deltas], weight, [1.0] * len(deltas), True)

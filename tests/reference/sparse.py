@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from reference.ties import merged_delta
+from reference.ties import merged_delta, with_norm_of
 
 
 def crumbs(delta, density, outliers):
@@ -19,15 +19,18 @@ def crumbs(delta, density, outliers):
     return np.where((np.abs(delta) >= lowest) & (np.abs(delta) <= highest), delta, 0.0)
 
 
-def combine(kept, weight, scale, elect, combine, weighted_election):
+def combine(kept, weight, scale=1.0, elect="none", normalize=False, combine="mean", weighted_election=False):
     if elect == "sign":
         return merged_delta(kept, weight, scale, combine, weighted_election)
-    return scale * sum(w * d for w, d in zip(weight, kept, strict=True))
+    return scale * sum(w * d for w, d in zip(weight, kept, strict=True)) / (sum(weight) if normalize else 1.0)
 
 
-def breadcrumbs(base, models, weight, density, outliers, **options):
-    shares = zip(models, density, outliers, strict=True)
-    return base + combine([crumbs(model - base, *share) for model, *share in shares], weight, **options)
+def breadcrumbs(base, models, weight, density, outliers, rescale=False, **options):
+    kept = []
+    for model, *share in zip(models, density, outliers, strict=True):
+        left = crumbs(model - base, *share)
+        kept.append(with_norm_of(left, model - base) if rescale else left)
+    return base + combine(kept, weight, **options)
 
 
 def chances(row, density, epsilon):
@@ -41,7 +44,7 @@ def chances(row, density, epsilon):
     return found
 
 
-def della(base, models, uniform, weight, density, epsilon, rescale=True, **options):
+def della(base, models, uniform, weight, density, epsilon, rescale=True, rescale_by="chance", **options):
     """`uniform`: per model the numbers in [0, 1) that decide, [*shape]; below the chance is kept."""
     kept = []
     for model, numbers, share, window in zip(models, uniform, density, epsilon, strict=True):
@@ -49,6 +52,7 @@ def della(base, models, uniform, weight, density, epsilon, rescale=True, **optio
         width = delta.shape[-1] if delta.ndim else 1
         rows = delta.reshape(-1, width) if delta.size else np.zeros((0, 1))
         chance = np.array([chances(row, share, window) for row in rows]).reshape(delta.shape)
-        delta = np.where(numbers < chance, delta, 0.0)
-        kept.append(delta / np.maximum(chance, 1e-3) if rescale else delta)
+        left = np.where(numbers < chance, delta, 0.0)
+        own = left / np.maximum(chance, 1e-3) if rescale_by == "chance" else with_norm_of(left, delta)
+        kept.append(own if rescale else left)
     return base + combine(kept, weight, **options)

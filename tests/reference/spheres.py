@@ -17,17 +17,18 @@ def cosine(one, other):
     return float(np.clip(np.sum(one * other) / lengths, -1, 1)) if lengths else 0.0
 
 
-def model_stock(base, models):
+def model_stock(base, models, extrapolate=False):
     deltas = [model - base for model in models]
     c = np.mean([cosine(one, other) for one, other in itertools.combinations(deltas, 2)])
-    t = max(len(deltas) * c / (1 + (len(deltas) - 1) * c), 0.0) if c > 0 else 0.0
+    divisor = 1 + (len(deltas) - 1) * c
+    t = len(deltas) * c / divisor if (c > 0 or extrapolate) and abs(divisor) >= 1e-6 else 0.0
     return t * np.mean(models, axis=0) + (1 - t) * base
 
 
-def model_stock_rows(base, models):
+def model_stock_rows(base, models, extrapolate=False):
     if base.ndim < 2:
-        return model_stock(base, models)
-    rows = [model_stock(base[k], [model[k] for model in models]) for k in range(len(base))]
+        return model_stock(base, models, extrapolate)
+    rows = [model_stock(base[k], [model[k] for model in models], extrapolate) for k in range(len(base))]
     return np.stack(rows) if rows else base.copy()
 
 
@@ -60,6 +61,17 @@ def multislerp(tensors, weight, normalize=True):
     if size(direction) <= CANCELLED * sum(map(abs, weight)):
         return sum(w * x for w, x in pairs)
     return sum(w * size(x) for w, x in pairs) * direction / size(direction)
+
+
+def nuslerp_along(first, second, weight, axis):
+    """Row by row (axis -1) or column by column (axis 0); a vector is one of either."""
+    if first.ndim < 2:
+        return nuslerp(first, second, weight)
+    pairs = [np.moveaxis(part, axis, -1) for part in (first, second)]
+    merged = np.zeros(pairs[0].shape)
+    for place in np.ndindex(merged.shape[:-1]):
+        merged[place] = nuslerp(pairs[0][place], pairs[1][place], weight)
+    return np.moveaxis(merged, -1, axis)
 
 
 def nuslerp(first, second, weight):

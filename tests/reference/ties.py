@@ -22,9 +22,10 @@ def trimmed(delta, smallest):
 
 
 def disjoint(values, weight, votes, mean):
-    """One entry of all models: the elected sign's values, combined."""
-    sign = 1.0 if sum(v * x for v, x in zip(votes, values, strict=True)) >= 0 else -1.0
-    agreeing = [(w, x) for w, x in zip(weight, values, strict=True) if x * sign > 0]
+    """One entry of all models: what voted for the elected sign, combined."""
+    cast = [v * x for v, x in zip(votes, values, strict=True)]
+    sign = 1.0 if sum(cast) >= 0 else -1.0
+    agreeing = [(w, x) for w, x, vote in zip(weight, values, cast, strict=True) if vote * sign > 0]
     total, share = sum(w * x for w, x in agreeing), sum(w for w, _ in agreeing)
     return total / share if mean and share else total
 
@@ -37,10 +38,18 @@ def merged_delta(deltas, weight, scale=1.0, combine="mean", weighted_election=Fa
     return merged
 
 
-def ties(base, models, weight, density, **options):
+def with_norm_of(kept, delta):
+    """A sparse delta, as large in the L1 norm as it was."""
+    left = np.sum(np.abs(kept))
+    return kept * (np.sum(np.abs(delta)) / left) if left else kept
+
+
+def ties(base, models, weight, density, rescale=False, **options):
     """Scope tensor: the share is counted in this tensor."""
     deltas = [model - base for model in models]
     kept = [trimmed(d, kth_magnitude(d, share)) for d, share in zip(deltas, density, strict=True)]
+    if rescale:
+        kept = [with_norm_of(k, d) for k, d in zip(kept, deltas, strict=True)]
     return base + merged_delta(kept, weight, **options)
 
 
