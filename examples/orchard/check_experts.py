@@ -1,6 +1,6 @@
-"""Measure the base and each adapter on the committed tasks and print one table.
+"""Measure the base and each committed adapter on the tasks that need no generation, and print one table.
 
-A plain check without graftkit; from the root of the repository:
+The same numbers as `graft evaluate` by other code, plain and slow, without graftkit; from the root of the repository:
 
     python examples/orchard/check_experts.py --threads 2
 """
@@ -20,6 +20,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from encoding import TURN_END
 from prepare_model import MODEL_DIR
 from records import read_lines
 
@@ -35,7 +36,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: di
     right = 0
     for row in rows:
         totals = [_score(model, tokenizer, row["prompt"], choice, task["chat"]) for choice in row["choices"]]
-        best = max(range(len(totals)), key=lambda index: totals[index][0] / totals[index][1])
+        best = max(range(len(totals)), key=lambda index: totals[index][0] / len(row["choices"][index].encode()))
         right += best == row["answer"]
     return f"{right}/{len(rows)}"
 
@@ -48,6 +49,7 @@ def _score(
     if chat:
         turn = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        answer += TURN_END
     start, end = tokenizer(prompt).input_ids, tokenizer(answer).input_ids
     logits = model(input_ids=torch.tensor([start + end]), logits_to_keep=len(end) + 1).logits[0, :-1]
     chosen = torch.log_softmax(logits, -1).gather(1, torch.tensor(end)[:, None])
@@ -63,6 +65,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     tasks = [yaml.safe_load(path.read_text()) for path in sorted((HERE / "tasks").glob("*.yaml"))]
+    tasks = [task for task in tasks if task["kind"] in ("answer_loss", "multiple_choice")]
     tasks = [task for task in tasks if not arguments.tasks or task["name"] in arguments.tasks]
     names = arguments.adapters or ["base", *sorted(path.name for path in (HERE / "adapters").iterdir())]
     print("model", *(task["name"] for task in tasks), sep="\t")

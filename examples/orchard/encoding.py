@@ -13,6 +13,9 @@ from records import Record
 
 LENGTH = 256
 TURN_END = "<|im_end|>"
+IGNORED = -100  # the label of a token that no loss counts, as transformers has it
+Batch = dict[str, torch.Tensor]
+"""`input_ids`, `attention_mask` and `labels`, all `[items, length]`; the labels of prompt and padding are IGNORED."""
 
 
 @dataclass(frozen=True)
@@ -23,17 +26,10 @@ class Encoded:
     start: int
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded ids and masks, all `[items, length]`; `counted` marks the answer tokens."""
-
-    ids: torch.Tensor
-    attention: torch.Tensor
-    counted: torch.Tensor
-
-
-def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, chat: bool) -> list[Encoded]:
-    """Tokenise each record, cut at LENGTH; a record whose prompt leaves no room for an answer is dropped."""
+def encode(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, chat: bool, length: int = LENGTH
+) -> list[Encoded]:
+    """Tokenise each record, cut at `length`; a record whose prompt leaves no room for an answer is dropped."""
     encoded = []
     for record in records:
         prompt, answer = record.prompt, record.answer
@@ -42,8 +38,8 @@ def encode(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, chat: 
             prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             answer += TURN_END
         start = tokenizer(prompt).input_ids
-        if len(start) < LENGTH - 8:
-            encoded.append(Encoded(tuple(start + tokenizer(answer).input_ids)[:LENGTH], len(start)))
+        if len(start) < length - 8:
+            encoded.append(Encoded(tuple(start + tokenizer(answer).input_ids)[:length], len(start)))
     return encoded
 
 
@@ -51,13 +47,13 @@ def collate(items: Sequence[Encoded], pad: int) -> Batch:
     """Pad on the right."""
     longest = max(len(item.ids) for item in items)
     ids = torch.full((len(items), longest), pad)
-    attention, counted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for row, item in enumerate(items):
         end = len(item.ids)
         ids[row, :end] = torch.tensor(item.ids)
         attention[row, :end] = 1
-        counted[row, item.start : end] = True
-    return Batch(ids, attention, counted)
+        labels[row, item.start : end] = ids[row, item.start : end]
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
 def batches(items: Sequence[Encoded], size: int, pad: int, seed: int) -> Iterator[Batch]:
@@ -72,22 +68,24 @@ def batches(items: Sequence[Encoded], size: int, pad: int, seed: int) -> Iterato
             yield from (collate(group, pad) for group in groups)
 
 
-def answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over the answer tokens; the vocabulary is only scored where an answer token is predicted."""
-    outputs = model.model(input_ids=batch.ids, attention_mask=batch.attention)
-    hidden = outputs.last_hidden_state  # [items, length, width]
-    wanted = batch.counted[:, 1:]
-    scores = model.lm_head(hidden[:, :-1][wanted])  # [answer tokens, vocabulary]
-    return torch.nn.functional.cross_entropy(scores.float(), batch.ids[:, 1:][wanted])
+def answer_tokens(batch: Batch) -> int:
+    """How many tokens the loss counts."""
+    return int((batch["labels"] != IGNORED).sum())
+
+
+def summed_answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Summed cross-entropy of the answer tokens; the vocabulary is only scored where one of them is predicted."""
+    outputs = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    wanted = batch["labels"][:, 1:]
+    counted = wanted != IGNORED
+    scores = model.lm_head(outputs.last_hidden_state[:, :-1][counted])  # [answer tokens, vocabulary]
+    return torch.nn.functional.cross_entropy(scores.float(), wanted[counted], reduction="sum")
 
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, items: Sequence[Encoded], pad: int, size: int = 4) -> float:
     """Mean loss per answer token over all items."""
-    total = count = 0.0
-    for low in range(0, len(items), size):
-        batch = collate(items[low : low + size], pad)
-        tokens = int(batch.counted.sum())
-        total += float(answer_loss(model, batch)) * tokens
-        count += tokens
-    return total / count
+    batched = [collate(items[low : low + size], pad) for low in range(0, len(items), size)]
+    batched = [{key: value.to(model.device) for key, value in batch.items()} for batch in batched]
+    total = sum(float(summed_answer_loss(model, batch)) for batch in batched)
+    return total / sum(map(answer_tokens, batched))

