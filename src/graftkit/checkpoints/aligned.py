@@ -1,4 +1,4 @@
-"""Views of tensors whose rows another vocabulary puts in another order: gathered, averaged or zero.
+"""Views of tensors whose rows another vocabulary puts in another order: gathered, averaged, zero, or joined.
 
 Each answers as a checkpoint does, "give me these elements", and holds no more than one row.
 """
@@ -86,6 +86,35 @@ class Centroid:
                 total += _numbers(source, info, start, stop).reshape(-1, self.width).sum(axis=0)
             rows += info.shape[0]
         return total / max(rows, 1)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Views one after the other, `counts` elements of each; as they are if all have one dtype, else widened."""
+
+    parts: tuple[tuple[Readable, TensorInfo], ...]
+    counts: tuple[int, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of what is handed out."""
+        dtypes = {info.dtype for _, info in self.parts}
+        return dtypes.pop() if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"
+
+    def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
+        """Elements `[start, stop)`, counted through all views."""
+        size, begin = ITEMSIZE[tensor.dtype], 0
+        for (source, info), count in zip(self.parts, self.counts, strict=True):
+            first, last = max(start, begin), min(stop, begin + count)
+            if first < last:
+                piece = buffer[(first - start) * size : (last - start) * size]
+                if info.dtype == tensor.dtype:
+                    source.read(info, first - begin, last - begin, piece)
+                else:
+                    numbers = _numbers(source, info, first - begin, last - begin)
+                    piece.view(storage.STORAGE[tensor.dtype])[:] = numbers
+            begin += count
+        return buffer[: (stop - start) * size]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from graftkit.checkpoints.adapters import Adapter
-from graftkit.checkpoints.aligned import Averaged, Centroid, Gathered, Readable, Zeros, packed
+from graftkit.checkpoints.aligned import Averaged, Centroid, Gathered, Joined, Readable, Zeros, packed
 from graftkit.checkpoints.headers import ITEMSIZE, TensorInfo
 from graftkit.recipes.inputs import Named
 from graftkit.recipes.steps import Input, Step
@@ -18,6 +18,11 @@ def view_of(part: Input, sources: tuple[Named, ...]) -> tuple[Readable, TensorIn
     info = source.tensors[part.name]
     if part.kind == "zero":
         return Zeros(), packed(info, part.rows.count if part.rows else info.shape[0])
+    if part.kind == "joined" and part.rows:
+        views = tuple(view_of(one, sources) for one in part.parts)
+        counts = tuple(one.rows.count * math.prod(info.shape[1:]) for one in part.parts if one.rows)
+        joined = Joined(views, counts)
+        return joined, packed(info, part.rows.count, joined.dtype)
     if part.kind == "mean":
         views = tuple(view_of(one, sources) for one in part.parts)
         return Averaged(views), packed(views[0][1], views[0][1].shape[0], "F32")

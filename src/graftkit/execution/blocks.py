@@ -95,7 +95,7 @@ def open_feed(part: Input, sources: tuple[Named, ...], dtype: Any) -> Feed:
     source = named.source
     if part.kind == "base":
         return Feed(named.label)
-    if part.kind in ("mean", "centroid", "zero") or (part.rows is not None and part.kind == "tensor"):
+    if part.kind in ("mean", "centroid", "zero", "joined") or (part.rows is not None and part.kind == "tensor"):
         return Feed(named.label, *view_of(part, sources))
     if not isinstance(source, Adapter):
         return Feed(named.label, source, source.tensors[part.name])

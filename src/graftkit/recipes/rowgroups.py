@@ -1,7 +1,8 @@
 """Steps of tensors with a row for each token, split by who has the token.
 
 Rows with equal contributors are one step: their rows are gathered from each model, merged as a tensor of their own, and
-written to where the output's vocabulary has them.
+written to where the output's vocabulary has them. Where missing rows are filled every model has every row, and all
+rows are one step.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def split(step: Step, context: Context, form: Form) -> list[Step]:
     groups = vocabulary.grouped.setdefault(key, None) or _groups(table)
     vocabulary.grouped[key] = groups
     form.rows[step.name] = [(group.kind, _holders(table, group), group.rows) for group in groups]
+    if step.method and vocabulary.spec.missing == "fill" and all(part.kind == "tensor" for part in table.parts):
+        return [_joined(table, groups)]
     return [_step(table, k, group, groups) for k, group in enumerate(groups)]
 
 
@@ -161,6 +164,27 @@ def _donor(table: _Table, row: int, numbers: Sequence[int]) -> Origin:
         return table.context.base.source
     owners = dict.fromkeys(part.source for part, n in zip(table.parts, numbers, strict=True) if n >= 0)
     return next(iter(owners)) if len(owners) == 1 else MEAN
+
+
+def _joined(table: _Table, groups: Sequence[Group]) -> Step:
+    """The step that makes all rows, group after group: what looks at the whole tensor then sees all of it, as mergekit.
+
+    An adapter has no rows to fill.
+    """
+    rows = Rows.of([row for group in groups for row in group.rows])
+
+    def whole(p: int) -> Input:
+        found = []
+        for group in groups:
+            part = _input(table, p, group, groups)
+            assert part is not None, "a filled row that nobody has; this is a bug"
+            found.append(replace(part, rows=part.rows or Rows.of(range(len(group.rows)))))
+        return Input(table.parts[p].source, "joined", table.parts[p].name, rows, tuple(found))
+
+    parts = tuple(whole(p) for p in range(len(table.parts)))
+    base, models = (parts[0], parts[1:]) if table.anchored else (None, parts)
+    shape = (rows.count, *table.step.shape[1:])
+    return replace(table.step, shape=shape, base=base, models=models, whole=table.step.shape, rows=rows, part="0 filled")
 
 
 def _step(table: _Table, k: int, group: Group, groups: Sequence[Group]) -> Step:

@@ -28,8 +28,8 @@ BLOCK = 1 << 18
 class Input:
     """One model's part in a step. `kind`: `tensor` (read it), `factors` (the base plus an adapter's low-rank delta),
     `rescaled` (the same, its channels rescaled: DoRA), `base` (an adapter that leaves this tensor alone); and where
-    vocabularies are aligned `mean` (of `parts`), `centroid` (of all rows of `parts`) and `zero`. `source` counts the
-    plan's sources; `rows` are those that are read, all if None."""
+    vocabularies are aligned `mean` (of `parts`), `centroid` (of all rows of `parts`), `zero` and `joined` (`parts` one
+    after the other). `source` counts the plan's sources; `rows` are those that are read, all if None."""
 
     source: int
     kind: str
