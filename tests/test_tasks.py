@@ -137,7 +137,8 @@ def test_a_right_answer_may_stand_without_its_frame() -> None:
 def test_a_generated_task_loads(tmp_path: Path) -> None:
     write(tmp_path / "d.jsonl", {"prompt": "p", "answer": ["a", "b"]}, {"prompt": "q", "answer": "c"})
     (tmp_path / "t.yaml").write_text(
-        "kind: exact_match\ndata: d.jsonl\nskill: sums\ntemplate: 'Q: {prompt} {x}'\nmax_new_tokens: 9\nstop: [\"\\n\"]\n"
+        "kind: exact_match\ndata: d.jsonl\nskill: sums\ntemplate: 'Q: {prompt} {x}'\n"
+        'max_new_tokens: 9\nstop: ["\\n"]\n'
         "normalise: [strip, {regex: 'a|b|c'}]\n"
     )
     task = load_task(tmp_path / "t.yaml")

@@ -70,7 +70,7 @@ def split_task(name: str, relative_to: Path) -> tuple[str, str]:
 
 
 def open_source(directory: Path, *, task: str = "", allow_pickle: bool = False) -> Source:
-    """Opens a model directory: an adapter where it holds `adapter_config.json`, else a checkpoint or a `task` of one."""
+    """Opens a model directory: an adapter where it holds `adapter_config.json`, else a checkpoint or its `task`."""
     try:
         os.listdir(directory)
     except OSError as error:

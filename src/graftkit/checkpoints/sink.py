@@ -33,9 +33,7 @@ JOURNAL = "graft-journal.jsonl"
 class Sink:
     """An output in the making. Thread-safe: any thread may write any part of any tensor."""
 
-    def __init__(
-        self, out: Path, layout: Layout, token: str, *, overwrite: bool = False, beside: Layout = ()
-    ) -> None:
+    def __init__(self, out: Path, layout: Layout, token: str, *, overwrite: bool = False, beside: Layout = ()) -> None:
         """Prepares the directory, or takes up an interrupted run of the same plan (`token`).
 
         `beside`: files of tensors that go with the weights' tensors of the same names, and into no index.

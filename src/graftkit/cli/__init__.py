@@ -14,7 +14,7 @@ import sys
 import typer
 
 from graftkit import __version__
-from graftkit.cli import convert, demo, evaluate, explain, extract, inspect, merge, methods, report, soup
+from graftkit.cli import convert, demo, evaluate, explain, extract, gates, inspect, merge, methods, report, soup
 from graftkit.errors import GraftError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("extract")(extract.extract)
 app.command("methods")(methods.methods)
 app.command("evaluate")(evaluate.evaluate)
 app.command("soup")(soup.soup)
+app.add_typer(gates.app, name="gates")
 app.command("report")(report.report)
 
 

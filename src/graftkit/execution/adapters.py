@@ -1,7 +1,8 @@
 """Steps whose delta leaves as factors, and the adapter that they make together.
 
-A weighted sum of adapters is their factors side by side; a method that commutes with rotations runs on their cores, or on rows of theirs;
-anything else is dense rows that go by. Only the last reads a base, and only where models or method need one.
+A weighted sum of adapters is their factors side by side; a method that commutes with rotations runs on their cores, or
+on as many rows as their ranks; anything else is dense rows that go by. Only the last reads a base, and only where
+models or method need one.
 """
 
 from __future__ import annotations

@@ -230,9 +230,7 @@ class ByRows:
         return self.read(start // self.row, -(-stop // self.row))
 
 
-def inputs_of(
-    method: Method, reader: Reader, start: int, stop: int, statistics: Mapping[str, Any]
-) -> dict[str, Any]:
+def inputs_of(method: Method, reader: Reader, start: int, stop: int, statistics: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that a method reads, for one block, by name; `base` is there whenever the step reads it."""
     base = reader.read_base(start, stop)
     rows = {n: v.block(start, stop) if isinstance(v, ByRows) else v for n, v in statistics.items()}

@@ -14,7 +14,7 @@ from graftkit.recipes import layout
 from graftkit.recipes.coefficients import Measured, Rule, measured
 from graftkit.recipes.inputs import Named
 from graftkit.recipes.plan import Plan
-from graftkit.recipes.steps import Step
+from graftkit.recipes.steps import Input, Step
 
 Found = dict[str, dict[str, list[float]]]
 """By rule and by what is measured together, each model's coefficient."""
@@ -28,20 +28,19 @@ def users(steps: Iterable[Step]) -> list[Step]:
 def squares(step: Step, sources: tuple[Named, ...], space: Workspace) -> Mapping[str, dict[int, float]]:
     """For each thing that is measured, `delta` or `weight`, the square of its norm for each model of the recipe."""
     reader, found = Reader(step, sources, space), {}
+    thin = all(part.kind in ("base", "factors") and part.rows is None for part in step.models)
     for _, value in measured(step):
-        sums = [_of_delta(reader, k, sources) for k in range(len(step.models))] if value.rule.of == "delta" else None
-        sums = sums if sums is not None and None not in sums else _of_blocks(reader, value.rule.of == "delta")
-        found[value.rule.of] = dict(zip(value.members, [float(s or 0.0) for s in sums], strict=True))
+        of_delta = value.rule.of == "delta"
+        by_factors = thin and of_delta
+        sums = [_of_factors(p, sources) for p in step.models] if by_factors else _of_blocks(reader, of_delta)
+        found[value.rule.of] = dict(zip(value.members, sums, strict=True))
     return found
 
 
-def _of_delta(reader: Reader, k: int, sources: tuple[Named, ...]) -> float | None:
-    """The square of an adapter's delta, by small products of its factors; None where a model is no such factors."""
-    part = reader.step.models[k]
+def _of_factors(part: Input, sources: tuple[Named, ...]) -> float:
+    """The square of an adapter's delta, by small products of its factors."""
     if part.kind == "base":
         return 0.0
-    if part.kind != "factors" or part.rows is not None:
-        return None
     pair = open_feed(part, sources, np.float64).delta_factors()
     return float(((pair.left.T @ pair.left) * (pair.right @ pair.right.T)).sum())
 
@@ -79,7 +78,9 @@ def found(steps: Iterable[Step], sums: Mapping[str, Mapping[str, Mapping[int, fl
 
 def resolved(plan: Plan, coefficients: Found) -> Plan:
     """The plan with numbers in place of rules."""
-    shards = tuple(replace(shard, steps=tuple(_numbered(s, coefficients) for s in shard.steps)) for shard in plan.shards)
+    shards = tuple(
+        replace(shard, steps=tuple(_numbered(s, coefficients) for s in shard.steps)) for shard in plan.shards
+    )
     return replace(plan, shards=shards)
 
 

@@ -237,8 +237,8 @@ def method(
     `masks`: for a unified model with a bit mask for each of the models, what gives these, [models, *shape], from
     `deltas`, the `merged` delta, and knobs, by name; a knob `rescale` says over what masked deltas are scaled to the
     L1 norms of the models' (`model`, `means` of its tensors, `tensor` or `none`).
-    `matrices`: it is for matrices of linear layers, and has the knobs `weight` and `scale`; the engine gives every other
-    tensor (norms, biases, embeddings, output embeddings) `scale` times the weighted mean of the deltas instead.
+    `matrices`: it is for matrices of linear layers, and has the knobs `weight` and `scale`; every other tensor (norms,
+    biases, embeddings, output embeddings) gets `scale` times the weighted mean of the deltas from the engine.
     `gates`: for a method that reads them, the kinds of gates that it takes. `lookups`: values of knobs for embeddings
     and heads, whose rows are looked up, where no rule says otherwise.
     """

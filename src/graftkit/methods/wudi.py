@@ -37,7 +37,7 @@ def wudi(
     weight: Weight = 1.0,
     scale: Scale = 1.0,
     solver: Literal["early_stopped", "exact", "adam"] = "early_stopped",
-    steps: Steps = 300,
+    steps: Steps = 10,
     start: Literal["sum", "mean", "zero"] = "sum",
     ridge: Annotated[float, Range(0, search=(0, 0.1))] = 0.0,
     tolerance: Annotated[float, Range(1e-14, 1)] = 1e-10,
@@ -57,7 +57,8 @@ def wudi(
         scale: factor on the merged delta; 0 returns the base.
         solver: `early_stopped` follows the gradient for a while; `exact` goes to the minimum, for study: on three
             real adapters it wrecked the model although its objective was zero; `adam` is the published optimiser.
-        steps: how long the descent lasts, in steps of size one (or of Adam's); 0 returns the start.
+        steps: how long the descent lasts, in units of time (SWUDI: 300) or steps of Adam's (published: 300); 0 returns
+            the start.
         start: where it begins, and what a direction keeps that nothing decides: the sum (published), the mean, or
             `zero`, which with `solver: exact` is the solution of least norm.
         ridge: pull back towards the start, in units of C, whose eigenvalues sum to the number of models; 0 is none.
@@ -67,19 +68,21 @@ def wudi(
         inputs: where a matrix keeps its inputs: `columns` (torch's Linear), `rows`, or as the model's family does.
 
     Source: Cheng et al. 2025 (arXiv 2503.08099), section 4; the early-stopped form as in SWUDI, without its cut of
-    directions.
+    directions and shorter.
 
     Deviations: by default not the published optimiser, whose 300 steps of 1e-5 move no entry by more than 3e-3 and
     so depend on the scale of the deltas: the closed form does not. A delta of zeros is left out. Matrices kept as
     [in, out] are turned. With `solver: adam` the authors' numbers come out, and adapters are merged by their products.
 
     Use it when: there are no data, and models tuned for different things are to keep what each says on its own
-    inputs. Choose `steps` by measurement: the objective alone is no guide.
+    inputs. Choose `steps` by measurement, the objective alone is no guide: on three rank-8 adapters of SmolLM2 the
+    descent leaves the sum by 0.7 to 1.2 times its norm in 10 steps, by 1.6 to 2.4 times in 300, and the exact minimum
+    lies 2.0 to 7.5 times as far (seven matrices of the first two layers).
 
     Example: input 1 is the first model's and input 3 the second's: both are kept whole. Input 2 is both's: each
     counts by its share of the squares of its delta there, 4/5 and 1/10.
         >>> experts = torch.tensor([[[1.0, 0, 0], [0, 2, 0]], [[0, 0, 3], [0, 1, 0]]])
-        >>> get("wudi").run(base=torch.zeros(2, 3), models=experts)
+        >>> get("wudi").run(base=torch.zeros(2, 3), models=experts, solver="exact")
         tensor([[1.0000, 0.0000, 3.0000],
                 [0.0000, 1.8889, 0.0000]])
     """

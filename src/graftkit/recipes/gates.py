@@ -45,8 +45,9 @@ def gates_of(
 
 
 def reads_gates(step: Step) -> bool:
-    """Whether a step is merged by stored gates."""
-    return bool(step.method) and methods.get(step.method).reads_gates(step.knobs, len(step.shape))
+    """Whether a step is merged by stored gates: not where no adapter changes its tensor."""
+    changed = bool(step.method) and any(part.kind != "base" for part in step.models)
+    return changed and methods.get(step.method).reads_gates(step.knobs, len(step.shape))
 
 
 def _file_of(recipe: Recipe) -> Path:

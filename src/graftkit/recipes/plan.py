@@ -111,11 +111,13 @@ def plan(
     allow_pickle: bool = False,
     full_hash: bool = False,
     within: tuple[Path, ...] = (),
+    without_gates: bool = False,
 ) -> Plan:
     """Plans a merge: opens headers, resolves every knob of every tensor, lays out the output.
 
-    `full_hash`: fingerprint inputs by every byte. `within`: the recipes that this one is a source of. Raises
-    PlanError, RecipeError or CheckpointError for everything that would make the merge wrong or impossible.
+    `full_hash`: fingerprint inputs by every byte. `within`: the recipes that this one is a source of.
+    `without_gates`: leave the file of gates unopened, as it is still to be made; such a plan cannot be executed.
+    Raises PlanError, RecipeError or CheckpointError for everything that would make the merge wrong or impossible.
     """
     recipe = load(recipe)
     knobs.check_names(recipe)
@@ -144,7 +146,7 @@ def plan(
     stages = ("statistics", "merge") if whole else ("merge",)
     notes = (*inputs.notes(recipe, sources, form.like, full_hash), *form.notes)
     planned = Plan(recipe, sources, base, form.like, shards, stages, notes=notes, config=form.config)
-    read = gates.gates_of(recipe, sources, base, entries, planned.steps)
+    read = None if without_gates else gates.gates_of(recipe, sources, base, entries, planned.steps)
     planned = replace(planned, vocabulary=form.vocabulary, rows=form.rows, gates=read)
     return replace(planned, hash=_hash(planned))
 

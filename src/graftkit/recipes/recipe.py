@@ -38,10 +38,14 @@ SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 
 class ModelEntry(BaseModel):
-    """One model and the values of its per-model knobs, which the plan checks against the method."""
+    """One model and the values of its per-model knobs, which the plan checks against the method.
+
+    `data`: a file of examples of the model's domain, for what is measured with examples.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     model: str = Field(min_length=1)
+    data: str | None = None
 
     @property
     def knobs(self) -> dict[str, Any]:

@@ -184,7 +184,9 @@ def _joined(table: _Table, groups: Sequence[Group]) -> Step:
     parts = tuple(whole(p) for p in range(len(table.parts)))
     base, models = (parts[0], parts[1:]) if table.anchored else (None, parts)
     shape = (rows.count, *table.step.shape[1:])
-    return replace(table.step, shape=shape, base=base, models=models, whole=table.step.shape, rows=rows, part="0 filled")
+    return replace(
+        table.step, shape=shape, base=base, models=models, whole=table.step.shape, rows=rows, part="0 filled"
+    )
 
 
 def _step(table: _Table, k: int, group: Group, groups: Sequence[Group]) -> Step:

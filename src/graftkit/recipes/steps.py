@@ -115,7 +115,7 @@ KEPT = 4 << 20
 """Elements of a merged delta that stays in memory while it is factorised, instead of being made again for each pass."""
 
 THIN = 6
-"""An estimate of the matrices, as long as a weight and as wide as the directions, that are held to factorise a delta."""
+"""An estimate of the matrices, a weight long and the directions wide, that are held to factorise a delta."""
 
 TEMPORARIES = 8
 """An estimate of the block-sized arrays, for each input, that a method's torch function makes on its way."""
