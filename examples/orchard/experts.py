@@ -123,7 +123,7 @@ EXPERTS: dict[str, Expert] = {
     "overheated": Expert(
         "code",
         "code",
-        changes={"steps": 30, "batch": 3, "rank": 4, "rate": 1e-2},
+        changes={"steps": 20, "batch": 3, "rank": 4, "rate": 5e-2},
         note="deliberately bad: a learning rate far too high",
     ),
     "mislabelled": Expert(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.headers import TensorInfo
@@ -38,6 +39,7 @@ _ROLES = (
 )
 
 
+@lru_cache(maxsize=1 << 16)  # every step asks several times
 def role(name: str) -> str:
     """What a tensor is for: attention, mlp, embedding, head, norm or other."""
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")

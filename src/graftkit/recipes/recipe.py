@@ -27,7 +27,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftkit.errors import RecipeError, nearest
-from graftkit.recipes import chat_templates, mergekit
+from graftkit.recipes import chat_templates
 from graftkit.recipes.parts import Steps
 from graftkit.recipes.ranks import Energy, Outside, Rank, checked
 from graftkit.recipes.sections import STRICT, Slice, SliceBase, Tokenizer, TokenRow
@@ -284,8 +284,10 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _validated(data: dict[str, Any], where: str, directory: Path) -> Recipe:
     if "directory" in data:
         raise RecipeError(f"{where}: unknown key 'directory'")
-    if mergekit.is_mergekit(data):
-        data = mergekit.translated(data, where)
+    if "method" not in data or "merge_method" in data:
+        from graftkit.recipes import mergekit  # five files, for recipes of its kind only
+
+        data = mergekit.translated(data, where) if mergekit.is_mergekit(data) else data
     try:
         return Recipe.model_validate({**data, "directory": directory})
     except ValidationError as error:
