@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from graftkit.errors import GraftError, RecipeError
 from graftkit.execution.blocks import Workspace
-from graftkit.methods import Method
-
-
-@lru_cache
-def kernel_of(name: str) -> Callable[..., None]:
-    """The compiled twin named `module:function`."""
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+from graftkit.methods import Method, kernel_of
 
 
 def apply(

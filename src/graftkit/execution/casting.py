@@ -52,13 +52,15 @@ def cast(
     Raises NonFiniteError when the result overflows the output dtype or is undefined (weights that sum to zero).
     """
     start, anchored = result if base is None else base, base is not None
-    wide, sums = space.take("wide", result.size, result.dtype), np.zeros(4)
+    sums = np.zeros(4)
     if dtype == "BF16":
         raw = space.take("out", result.size * 2, np.uint8)
         _cast_bfloat16(result, start, is_delta, anchored, raw.view(np.uint16), sums)
     else:
-        with np.errstate(over="ignore", invalid="ignore"):
-            wide = np.add(start, result, out=wide) if is_delta else result
+        wide = result
+        if is_delta:
+            with np.errstate(over="ignore", invalid="ignore"):
+                wide = np.add(start, result, out=space.take("wide", result.size, result.dtype))
         raw = storage.narrow(wide, dtype, space.take("out", result.size * 8, np.uint8))
         back = space.take("back", result.size, result.dtype)
         storage.widen(raw, dtype, back)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from graftkit.execution.apply import kernel_of
 from graftkit.execution.blocks import Preparation, Reader, Workspace, block_shape
 from graftkit.execution.reductions import Threshold, statistics_of
+from graftkit.methods import kernel_of
 from graftkit.methods.composition import Part, get_part
 from graftkit.methods.random import Keyed
 from graftkit.recipes.inputs import Named

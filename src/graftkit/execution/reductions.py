@@ -21,7 +21,7 @@ from numba import njit
 from graftkit.execution import signals
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of
 from graftkit.methods import Method
-from graftkit.methods.parts import band_ranks, deviation, kept_count
+from graftkit.methods.parts import band_ranks, deviation, kept_count, spread
 from graftkit.recipes.steps import Step
 
 BINS = 1 << 16
@@ -69,7 +69,7 @@ def statistics_of(
 
 def densities(knobs: Mapping[str, Any], models: int, knob: str = "density") -> tuple[float, ...]:
     """A share that is a knob, one value per model."""
-    return tuple(np.broadcast_to(knobs[knob], models).tolist())
+    return tuple(spread(knobs[knob], models).tolist())
 
 
 Open = Callable[[Step, Workspace], Reader]

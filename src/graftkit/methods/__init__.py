@@ -126,8 +126,7 @@ class Method:
         inputs = [given[name] for name in part.reads]
         if not compiled or not part.kernel:
             return part.function(*inputs, **chosen)
-        module, _, name = part.kernel.partition(":")
-        getattr(importlib.import_module(module), name)(*inputs, **chosen)
+        kernel_of(part.kernel)(*inputs, **chosen)
         return inputs[0]
 
     def factors_of(self, given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> Any:
@@ -207,6 +206,13 @@ class Method:
 
 
 _REGISTRY: dict[str, Method] = {}
+
+
+@lru_cache
+def kernel_of(name: str) -> Callable[..., None]:
+    """The compiled twin named `module:function`."""
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
 
 
 def method(

@@ -89,8 +89,7 @@ def _descending(gram: Tensor, most: int | None = None) -> tuple[Tensor, Tensor]:
     """
     import torch
 
-    scipy = importlib.util.find_spec("scipy")
-    if scipy is None or gram.requires_grad or gram.device.type != "cpu":
+    if gram.requires_grad or gram.device.type != "cpu" or importlib.util.find_spec("scipy") is None:
         values, directions = torch.linalg.eigh(gram)
         return values.flip(0), directions.flip(1)
     from scipy.linalg import eigh

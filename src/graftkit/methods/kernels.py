@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 
 from graftkit.methods.competition import sce_weights
-from graftkit.methods.parts import deviation
+from graftkit.methods.parts import deviation, spread
 from graftkit.methods.random import MULTIPLIERS, ROUNDS, WEYL, Keyed
 
 JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
@@ -80,7 +80,7 @@ def dare(
 
 def drop(deltas: np.ndarray, rng: Keyed, density: Value, rescale: bool) -> None:
     """Twin of `parts.drop`, in place."""
-    for t, share in enumerate(np.broadcast_to(np.asarray(density, np.float64), len(deltas)).tolist()):
+    for t, share in enumerate(spread(density, len(deltas)).tolist()):
         factor = deltas.dtype.type(1 / share if rescale and share > 0 else 1)
         if share < 1:
             cut = np.uint64(math.ceil(share * 2**32))
@@ -166,7 +166,7 @@ def sce(
 
 
 def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:
-    return np.array(np.broadcast_to(np.asarray(value, stack.dtype), len(stack)))
+    return spread(value, len(stack)).astype(stack.dtype)
 
 
 @njit(**JIT)

@@ -54,7 +54,7 @@ def is_mergekit(data: Mapping[str, Any]) -> bool:
 
 def read(data: Mapping[str, Any], where: str) -> Document:
     """The parts of a mergekit recipe. Raises RecipeError for keys and shapes that mergekit does not have."""
-    _check_keys(data, TOP, where)
+    check_keys(data, TOP, where)
     method = data.get("merge_method")
     if not isinstance(method, str):
         raise RecipeError(f"{where}: merge_method: got {method!r}, expected the name of one of mergekit's methods")
@@ -77,7 +77,7 @@ def read(data: Mapping[str, Any], where: str) -> Document:
 def reference(value: Any, where: str) -> str:
     """A model as mergekit names it (`path@revision+lora`, or a mapping with these parts) in our form."""
     if isinstance(value, Mapping) and "model" in value:
-        _check_keys(value, ("model", "lora", "override_architecture"), where)
+        check_keys(value, ("model", "lora", "override_architecture"), where)
         parts = [_path(value["model"], f"{where}.model")]
         parts += [_path(value["lora"], f"{where}.lora")] if value.get("lora") else []
         return "+".join(parts)
@@ -89,7 +89,7 @@ def reference(value: Any, where: str) -> str:
 
 def _path(value: Any, where: str) -> str:
     if isinstance(value, Mapping) and "path" in value:
-        _check_keys(value, ("path", "revision"), where)
+        check_keys(value, ("path", "revision"), where)
         return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
     if not isinstance(value, str) or not value:
         raise RecipeError(f"{where}: got {value!r}, expected a path or a hub id")
@@ -101,7 +101,7 @@ def _only_module(modules: Any, where: str) -> tuple[Mapping[str, Any], tuple[str
     if not isinstance(modules, Mapping) or not all(isinstance(part, Mapping) for part in modules.values()):
         raise RecipeError(f"{where}: modules: got {modules!r}, expected a mapping of modules")
     for name, part in modules.items():
-        _check_keys(part, ("slices", "models", "parameters"), f"{where}: modules.{name}")
+        check_keys(part, ("slices", "models", "parameters"), f"{where}: modules.{name}")
         if bool(part.get("slices")) == bool(part.get("models")):
             raise RecipeError(f"{where}: modules.{name}: expected either slices or models")
     (first, *others) = modules.items()
@@ -124,7 +124,7 @@ def _slices(slices: Any, levels: tuple[Parameters, ...], where: str) -> tuple[Se
     found = []
     for k, part in enumerate(_list(slices, f"{where}: slices")):
         place = f"{where}: slices[{k}]"
-        _check_keys(part, ("sources", "base_model", "residual_weight", "parameters"), place)
+        check_keys(part, ("sources", "base_model", "residual_weight", "parameters"), place)
         entries = _list(part.get("sources"), f"{place}.sources")
         sources = tuple(_sliced(entry, f"{place}.sources[{n}]") for n, entry in enumerate(entries))
         base = reference(part["base_model"], f"{place}.base_model") if part.get("base_model") else None
@@ -133,13 +133,13 @@ def _slices(slices: Any, levels: tuple[Parameters, ...], where: str) -> tuple[Se
 
 
 def _source(entry: Any, where: str) -> Source:
-    _check_keys(entry, ("model", "parameters"), where)
+    check_keys(entry, ("model", "parameters"), where)
     own = _parameters(entry.get("parameters"), f"{where}.parameters")
     return Source(reference(entry.get("model"), f"{where}.model"), own)
 
 
 def _sliced(entry: Any, where: str) -> Source:
-    _check_keys(entry, ("model", "parameters", "layer_range"), where)
+    check_keys(entry, ("model", "parameters", "layer_range"), where)
     layers = entry.get("layer_range")
     whole = isinstance(layers, list) and len(layers) == 2 and all(type(n) is int for n in layers)
     if not whole or not 0 <= layers[0] < layers[1]:
@@ -162,7 +162,7 @@ def _parameters(value: Any, where: str) -> Parameters:
     return value
 
 
-def _check_keys(value: Any, known: tuple[str, ...], where: str) -> None:
+def check_keys(value: Any, known: tuple[str, ...], where: str) -> None:
     """Refuses what mergekit passes over in silence: a key that does not exist."""
     if not isinstance(value, Mapping):
         raise RecipeError(f"{where}: got {value!r}, expected a mapping with the keys {', '.join(known)}")

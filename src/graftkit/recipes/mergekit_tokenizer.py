@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from graftkit.errors import RecipeError, nearest
-from graftkit.recipes.mergekit_document import reference
+from graftkit.errors import RecipeError
+from graftkit.recipes.mergekit_document import check_keys, reference
 
 KEYS = ("source", "tokens", "pad_to_multiple_of")
 
@@ -18,13 +18,7 @@ def tokenizer_of(rest: Mapping[str, Any], where: str) -> dict[str, Any] | None:
         raise RecipeError(f"{where}: got both tokenizer_source and tokenizer; give one of them")
     if long is None:
         return _made(short, {}, None, f"{where}: tokenizer_source") if short else None
-    if not isinstance(long, Mapping):
-        raise RecipeError(f"{where}: tokenizer: got {long!r}, expected a mapping such as {{source: union}}")
-    for key in long:
-        if key not in KEYS:
-            close = nearest(str(key), KEYS)
-            hint = f"did you mean {close!r}?" if close else f"known: {', '.join(KEYS)}"
-            raise RecipeError(f"{where}: tokenizer: mergekit has no key {key!r} here; {hint}")
+    check_keys(long, KEYS, f"{where}: tokenizer")
     tokens = long.get("tokens") or {}
     rows = {str(token): _row(row, f"{where}: tokenizer.tokens[{token!r}]") for token, row in tokens.items()}
     made = {token: row for token, row in rows.items() if row}

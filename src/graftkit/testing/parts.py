@@ -147,7 +147,7 @@ class PreparationConformance(PartConformance):
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_kernel_agrees(self, dtype: str, kind: str) -> None:
         """The compiled twin, whole and in blocks, gives what the function gives, to one rounding."""
-        from graftkit.execution.apply import kernel_of
+        from graftkit.methods import kernel_of
 
         if self._part.kernel is None:
             pytest.skip(f"{self.part} has no compiled twin")
