@@ -87,7 +87,7 @@ def test_there_is_a_recipe_of_every_method():
     import yaml
 
     assert {yaml.safe_load((DATA / f"{name}.yaml").read_text())["merge_method"] for name in RECIPES} == METHODS
-    from graftkit.recipes.mergekit_methods import METHODS as ours
+    from graftkit.recipes.mergekit.methods import METHODS as ours
 
     assert set(ours) == METHODS
 

@@ -79,6 +79,7 @@ class Method:
     gates: tuple[str, ...] = ()
     lookups: Mapping[str, Any] = field(default_factory=dict)
     matrices: bool = False
+    entrywise: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def compiled(self) -> bool:
@@ -110,8 +111,9 @@ class Method:
         return str(knobs.get("scope", "tensor"))
 
     def commutes(self, knobs: Mapping[str, Any]) -> str | None:
-        """With which rotations of a matrix it commutes, `both`, `output` or none: an optimiser by entries with none."""
-        return None if knobs.get("solver") == "adam" else self.rotations
+        """With which rotations of a matrix it commutes: `both`, `output` or none."""
+        entrywise = any(knobs.get(name) == value for name, value in self.entrywise.items())
+        return None if entrywise else self.rotations
 
     def restores_norms(self, knobs: Mapping[str, Any]) -> bool:
         """Whether sparse deltas are scaled to the L1 norms that they had."""
@@ -228,14 +230,15 @@ def method(
     factors: Callable[..., Any] | None = None,
     masks: Callable[..., Any] | None = None,
     matrices: bool = False,
+    entrywise: Mapping[str, Any] | None = None,
     gates: tuple[str, ...] = (),
     lookups: Mapping[str, Any] | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a method; the function itself is returned unchanged.
 
     `source`: the paper. `grain`: how the engine may cut, `element`, `row` or `tensor`. `rotations`: `both` or
-    `output` where it commutes with rotations. `ordered`: permuting models changes the meaning. `model_count`: fewest
-    and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`:
+    `output` where it commutes with rotations, save with a value of a knob in `entrywise`. `ordered`: permuting models
+    changes the meaning. `model_count`: fewest and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`:
     `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`). `sparsifier`: for a method
     that reads `retained`, the preparation that makes deltas sparse as it does, with knobs of the same names.
     `factors`: where the result is a weighted sum of the tensors, what gives the factors [models] in float64 from their
@@ -278,6 +281,7 @@ def method(
             gates,
             lookups or {},
             matrices,
+            entrywise or {},
         )
         return function
 

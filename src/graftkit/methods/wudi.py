@@ -29,6 +29,7 @@ TOLERANCE = 1e-10
     source="Cheng et al. 2025, Whoever started the interference should end it (arXiv 2503.08099), WUDI-Merging",
     grain="tensor",
     rotations="both",
+    entrywise={"solver": "adam"},
     matrices=True,
 )
 def wudi(
@@ -104,6 +105,7 @@ def wudi(
     source="OptMerge, 2026 (MLLMerging's WUDI v2)",
     grain="tensor",
     rotations="both",
+    entrywise={"solver": "adam"},
     matrices=True,
 )
 def opt_merge(

@@ -285,7 +285,7 @@ def _validated(data: dict[str, Any], where: str, directory: Path) -> Recipe:
     if "directory" in data:
         raise RecipeError(f"{where}: unknown key 'directory'")
     if "method" not in data or "merge_method" in data:
-        from graftkit.recipes import mergekit  # five files, for recipes of its kind only
+        from graftkit.recipes import mergekit  # a package of its own, for recipes of its kind only
 
         data = mergekit.translated(data, where) if mergekit.is_mergekit(data) else data
     try:

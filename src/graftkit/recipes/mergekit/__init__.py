@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from graftkit.errors import RecipeError, unknown
-from graftkit.recipes.mergekit_document import Document, Section, Source, is_mergekit, read
-from graftkit.recipes.mergekit_methods import METHODS, Theirs
-from graftkit.recipes.mergekit_parameters import Given, Said, constant, say
-from graftkit.recipes.mergekit_tokenizer import tokenizer_of
+from graftkit.recipes.mergekit.document import Document, Section, Source, is_mergekit, read
+from graftkit.recipes.mergekit.methods import METHODS, Theirs
+from graftkit.recipes.mergekit.parameters import Given, Said, constant, say
+from graftkit.recipes.mergekit.tokenizer import tokenizer_of
 
 __all__ = ["is_mergekit", "translated"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graftkit.errors import RecipeError
-from graftkit.recipes.mergekit_document import check_keys, reference
+from graftkit.recipes.mergekit.document import check_keys, reference
 
 KEYS = ("source", "tokens", "pad_to_multiple_of")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from graftkit import methods
 from graftkit.errors import RecipeError, nearest
-from graftkit.recipes.mergekit_document import Parameters
-from graftkit.recipes.mergekit_methods import ELSEWHERE, FORMER, METHODS, REQUIRED, Parameter, Theirs
+from graftkit.recipes.mergekit.document import Parameters
+from graftkit.recipes.mergekit.methods import ELSEWHERE, FORMER, METHODS, REQUIRED, Parameter, Theirs
 
 Chain = tuple[tuple[str, Any], ...]
 """Filters and values, the first that matches wins; the filter "" matches every tensor."""
