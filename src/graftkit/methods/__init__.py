@@ -238,7 +238,8 @@ def method(
 
     `source`: the paper. `grain`: how the engine may cut, `element`, `row` or `tensor`. `rotations`: `both` or
     `output` where it commutes with rotations, save with a value of a knob in `entrywise`. `ordered`: permuting models
-    changes the meaning. `model_count`: fewest and most models. `base_optional`: it reads `deltas`, and without a base the models themselves. `kernel`:
+    changes the meaning. `model_count`: fewest and most models. `base_optional`: it reads `deltas`, and without a base
+    the models themselves. `kernel`:
     `module:function`, a twin on numpy arrays for the hot path (see `methods/kernels.py`). `sparsifier`: for a method
     that reads `retained`, the preparation that makes deltas sparse as it does, with knobs of the same names.
     `factors`: where the result is a weighted sum of the tensors, what gives the factors [models] in float64 from their
