@@ -91,12 +91,14 @@ def test_files_that_are_no_tasks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "torn.jsonl").write_text('\n{"prompt": "p"')
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "x.pdf").write_text("a")
     for name, message in [
         ("absent.yaml", "no such file"),
         ("empty.jsonl", "no records"),
         ("torn.jsonl", r"torn\.jsonl:2: not JSON"),
         ("latin.jsonl", "not UTF-8"),
-        ("x.csv", "got '.csv'"),
+        ("x.csv", "no records"),
+        ("x.pdf", "got '.pdf'"),
     ]:
         with pytest.raises(DataError, match=message):
             load_task(tmp_path / name)

@@ -14,7 +14,24 @@ import sys
 import typer
 
 from graftkit import __version__
-from graftkit.cli import convert, demo, evaluate, explain, extract, gates, inspect, merge, methods, report, soup
+from graftkit.cli import (
+    adamerging,
+    compatibility,
+    convert,
+    demo,
+    evaluate,
+    explain,
+    extract,
+    gates,
+    inspect,
+    merge,
+    methods,
+    report,
+    search,
+    soup,
+    statistics,
+    subsample,
+)
 from graftkit.errors import GraftError
 
 app = typer.Typer(
@@ -32,7 +49,12 @@ app.command("convert")(convert.convert)
 app.command("extract")(extract.extract)
 app.command("methods")(methods.methods)
 app.command("evaluate")(evaluate.evaluate)
+app.command("compatibility")(compatibility.compatibility)
 app.command("soup")(soup.soup)
+app.command("search")(search.search)
+app.command("adamerging")(adamerging.adamerging)
+app.command("subsample")(subsample.subsample)
+app.command("statistics")(statistics.statistics)
 app.add_typer(gates.app, name="gates")
 app.command("report")(report.report)
 

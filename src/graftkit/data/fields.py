@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from graftkit.errors import DataError, unknown
 
-_NAMES = {str: "a text", bool: "true or false", int: "an integer", list: "a list"}
+_NAMES = {str: "a text", bool: "true or false", int: "an integer", list: "a list", dict: "a mapping"}
 
 
 def field(where: str | Path, fields: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
@@ -34,26 +33,6 @@ def texts(where: str | Path, value: Any, key: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
         raise DataError(f"{where}: {key}: expected a list of texts that are not empty, got {value!r:.60}")
     return tuple(value)
-
-
-def lines(path: Path) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1; a file without any is refused."""
-    # Not splitlines(): JSON strings may hold other line separators, such as U+2028, unescaped.
-    found = [(number, line) for number, line in enumerate(content(path).split("\n"), start=1) if line.strip()]
-    if not found:
-        raise DataError(f"{path}: no records")
-    return found
-
-
-def json_object(where: str, line: str) -> dict[str, Any]:
-    """One line of JSON as a record."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected an object with prompt and answer, got {line.strip():.40}")
-    return record
 
 
 def content(path: Path) -> str:
