@@ -36,6 +36,11 @@ class TestPeftDare(MethodConformance):
     knobs: ClassVar = {"of": "product"}
 
 
+class TestRobustMerge(MethodConformance):
+    method = "robustmerge"
+    knobs: ClassVar = {"of": "product"}
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"output": {}}, {}, "merges the factors of adapters into an adapter; say `output: {as: adapter}`"),
     ({}, {"rank": 3}, "merges factors of one rank, and the adapters have \\[3, 4\\]"),
@@ -91,3 +96,30 @@ def test_turned_signs_cancel_by_factors_and_not_by_products(tmp_path: Path) -> N
         record = graftkit.merge({**recipe, "output": {"as": "adapter"}}, tmp_path / method)
         norms[method] = [tensor["delta_norm"] for tensor in record["tensors"]]
     assert np.max(norms["peft_linear"]) < 1e-6 < np.min(norms["task_arithmetic"])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_robustmerge_is_what_its_formula_says(tmp_path: Path, transposed: bool) -> None:
+    """Adapter by adapter in float64, in other words than the method's."""
+    places = [tiny.adapter(tmp_path / f"a{seed}", seed, fan_in_fan_out=transposed) for seed in (1, 2, 3)]
+    weights, density, scale, weakest = (1.0, 0.5, -0.7), 0.3, 1.5, 0.6
+    models = [{"model": str(place), "weight": w} for place, w in zip(places, weights, strict=True)]
+    knobs = {"density": density, "scale": scale, "weakest": weakest}
+    graftkit.merge(
+        {"method": "robustmerge", "models": models, "knobs": knobs, "output": {"as": "adapter"}}, tmp_path / "o"
+    )
+    found = load_file(tmp_path / "o" / "adapter_model.safetensors")
+    held = [load_file(place / "adapter_model.safetensors") for place in places]
+    for module in {name.rpartition(".lora_")[0] for name in found}:
+        total_a, total_b, total_s = 0, 0, 0
+        for own, weight in zip(held, weights, strict=True):
+            a, b = (own[f"{module}.lora_{half}.weight"].astype(float) for half in "AB")
+            kept_a, kept_b = (np.where(abs(h) >= np.sort(abs(h).ravel())[-int(density * h.size)], h, 0) for h in (a, b))
+            left, root = abs(kept_a).sum(1), np.sqrt(abs(weight) * 2)
+            s = np.divide(abs(a).sum(1), left, out=np.zeros_like(left), where=left > 0)
+            s = np.maximum(s, np.quantile(s, weakest))
+            total_a, total_b = total_a + root * np.sign(weight) * kept_a, total_b + root * s * kept_b
+            total_s = total_s + s
+        got_a, got_b = (found[f"{module}.lora_{half}.weight"] for half in "AB")
+        np.testing.assert_allclose(got_a, scale * total_a, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(got_b, scale * total_b / total_s, rtol=1e-5, atol=1e-7)

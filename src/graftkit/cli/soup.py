@@ -9,7 +9,6 @@ import typer
 
 if TYPE_CHECKING:
     from graftkit.improving.soup import Trial
-    from graftkit.recipes.recipe import Recipe
 
 
 def soup(
@@ -30,6 +29,7 @@ def soup(
     from graftkit.cli import console
     from graftkit.errors import OutputError
     from graftkit.improving.soup import greedy_soup, on_tasks
+    from graftkit.recipes.moving import moved
     from graftkit.recipes.recipe import load
 
     if out.exists():
@@ -39,7 +39,7 @@ def soup(
     score = on_tasks(tasks, scratch=out.absolute().parent, workers=workers, device=device)
     found = greedy_soup(candidates, score, None if json else _tell)
     try:
-        out.write_text(_moved(found.recipe, out).to_yaml(), encoding="utf-8")
+        out.write_text(moved(found.recipe, out.parent).to_yaml(), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
     if json:
@@ -52,19 +52,3 @@ def _tell(trial: Trial) -> None:
     *others, last = trial.models
     verdict = "alone" if not others else "stays" if trial.kept else "left out"
     typer.echo(f"{trial.score:10.4f}  {last} {verdict}" + (f", with {', '.join(others)}" if others else ""))
-
-
-def _moved(recipe: Recipe, out: Path) -> Recipe:
-    """The recipe with relative paths that still lead to their models from where it is written."""
-    if recipe.directory.resolve() == out.absolute().parent.resolve():
-        return recipe
-
-    def placed(name: str) -> str:
-        path = recipe.directory / name.partition("#")[0]
-        return str((recipe.directory / name).absolute()) if path.exists() else name
-
-    models = [entry.model_copy(update={"model": placed(entry.model)}) for entry in recipe.models]
-    like = recipe.output.like
-    output = recipe.output.model_copy(update={"like": like if like in (None, "base") else placed(like)})
-    base = None if recipe.base is None else placed(recipe.base)
-    return recipe.model_copy(update={"models": models, "base": base, "output": output})

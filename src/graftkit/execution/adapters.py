@@ -7,7 +7,6 @@ models or method need one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,14 @@ import numpy as np
 from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.adapter_sink import AdapterSink
-from graftkit.checkpoints.adapters import WRAPPER, Adapter
+from graftkit.checkpoints.adapters import WRAPPER
 from graftkit.errors import GraftError, NonFiniteError
+from graftkit.execution import measured, shared
+from graftkit.execution.apart import apart
 from graftkit.execution.apply import apply, refusing
-from graftkit.execution.blocks import Workspace, non_finite, open_feed
-from graftkit.execution.factoring import Core, Factored, Wanted, balanced, core_of, norm_of, sketched, stacked
-from graftkit.methods.random import Keyed, key_of
+from graftkit.execution.blocks import Workspace, open_feed
+from graftkit.execution.factoring import Core, Factored, Wanted, balanced, core_of, sketched, stacked
+from graftkit.methods.random import key_of
 from graftkit.recipes.plan import Plan
 from graftkit.recipes.ranks import DEFAULT_ENERGY, Energy
 from graftkit.recipes.recipe import Recipe
@@ -47,7 +48,10 @@ def from_factors(plan: Plan, sink: AdapterSink, step: Step, device: str, space: 
     """Merges adapters by their factors and writes the result; returns the step's line of the record."""
     assert step.form is not None
     if step.form.path == "apart":
-        return _write(sink, step, _apart(plan, step, device, space))
+        return _write(sink, step, apart(plan, step))
+    if step.form.path == "shares":
+        made, notes = shared.beside(plan, step, space, wanted_of(plan.recipe))
+        return {**_write(sink, step, made), **notes}
     method = methods.get(step.method)
     pairs = [_pair(plan, step, k) for k in range(len(step.models))]
     here = [pair for pair in pairs if pair is not None]
@@ -62,6 +66,7 @@ def from_factors(plan: Plan, sink: AdapterSink, step: Step, device: str, space: 
         core = core_of([(left, right)])
         return _write(sink, step, core.factored(core.cores[0], wanted))
     core = core_of(here, columns_too=step.form.path == "core")
+    given |= measured.in_core(step, plan.statistics, core, here)
     return _write(sink, step, core.factored(_in_core(step, core, pairs, given, device, space), wanted))
 
 
@@ -94,36 +99,6 @@ def _in_core(
     flat = {**given, "deltas": cores.reshape(len(pairs), -1), "shape": step.shape}
     result = apply(methods.get(step.method), flat, step.knobs, cores.shape[1:], device, space)
     return np.array(result, np.float64).reshape(cores.shape[1:])
-
-
-def _apart(plan: Plan, step: Step, device: str, space: Workspace) -> Factored:
-    """PEFT's merge: the method on all B, and on all A, each with the root of its weight and scale."""
-    import torch
-
-    assert step.form is not None
-    here = [k for k, part in enumerate(step.models) if part.kind != "base"]
-    scales, raw = [], []
-    for part in (step.models[k] for k in here):
-        source = plan.sources[part.source].source
-        assert isinstance(source, Adapter)
-        scales.append(source.factors[part.name].scale)
-        raw.append(source.load(part.name, np.float64, scaled=False))
-        if not (np.isfinite(raw[-1].left).all() and np.isfinite(raw[-1].right).all()):
-            raise non_finite(plan.sources[part.source].label, source.factors[part.name].b)
-    weights = [step.knobs["weight"][k] * scale for k, scale in zip(here, scales, strict=True)]
-    roots = {False: [math.sqrt(abs(w)) for w in weights], True: [math.copysign(math.sqrt(abs(w)), w) for w in weights]}
-    knobs = {key: tuple(v[k] for k in here) if isinstance(v, tuple) else v for key, v in step.knobs.items()}
-    method, start, made = methods.get(step.method), 0, {}
-    for half in ("right", "left"):
-        stack = torch.from_numpy(np.stack([getattr(pair, half) for pair in raw]))
-        is_a = half == ("right" if step.form.kind == "linear" else "left")  # PEFT puts a weight's sign on A
-        knobs["weight"] = tuple(roots[is_a])
-        given: dict[str, Any] = {"deltas": stack, "rng": Keyed(tuple(step.keys[k] for k in here if step.keys), start)}
-        given |= method.measured(given, knobs)
-        made[half] = method.function(*(given[name] for name in method.reads), **knobs).numpy()
-        start += stack[0].numel()
-    left, right = made["left"], made["right"]
-    return Factored(left, right, norm_of(left.T @ left, right @ right.T), 0.0)
 
 
 def from_rows(plan: Plan, sink: AdapterSink, step: Step, merged: Merged) -> dict[str, Any]:

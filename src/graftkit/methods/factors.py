@@ -1,4 +1,4 @@
-"""PEFT's combinations of adapters, as `add_weighted_adapter` makes them: by default of the factors, each by itself.
+"""PEFT's combinations of adapters, as `add_weighted_adapter` makes them, and RobustMerge: by default of the factors.
 
 A merge of factors is not a merge of what the adapters do: `(sum_t B_t)(sum_t A_t)` holds every product of one adapter's
 B with another's A, so two copies of an adapter at weight 0.5 come out doubled, and an adapter with the signs of both
@@ -10,7 +10,7 @@ its factors turned, which does the same, cancels its twin. It makes sense only w
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from graftkit.methods import PerModel, Range, method
-from graftkit.methods.parts import drop, per_model, trim, weighted_sum
+from graftkit.methods.parts import drop, per_model, threshold_of, trim, weighted_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,6 +155,63 @@ def peft_dare(
     """
     kept = drop(deltas, rng.uniform(deltas), density, True)
     return weighted_sum(kept, weight) if elect == "none" else _disjoint_mean(kept, weight, majority)
+
+
+def merged_directions(
+    a: "Tensor", b: "Tensor", roots: "tuple[Tensor, Tensor]", *, density: PerModel, scale: float, weakest: float
+) -> "tuple[Tensor, Tensor]":
+    """RobustMerge on factors A [models, rank, in] and B [models, out, rank], each to be multiplied by its root."""
+    import torch
+
+    kept_a, kept_b = (trim(half, threshold_of(half, density)) for half in (a, b))
+    left = kept_a.abs().sum(dim=2)  # [models, rank]
+    strength = torch.where(left > 0, a.abs().sum(dim=2) / torch.where(left > 0, left, 1), 0)
+    strength = torch.maximum(strength, torch.quantile(strength, weakest, dim=1, keepdim=True))
+    total = strength.sum(dim=0)
+    shares = strength / torch.where(total > 0, total, 1)
+    merged_a = (roots[0][:, None, None] * kept_a).sum(dim=0)
+    return scale * merged_a, scale * (roots[1][:, None, None] * shares[:, None, :] * kept_b).sum(dim=0)
+
+
+@method(source="Zeng et al. 2025, RobustMerge (arXiv 2502.17159)", grain="element", halves=merged_directions)
+def robustmerge(
+    deltas: "Tensor",
+    threshold: "Tensor",
+    *,
+    weight: Weight = 1.0,
+    density: Density = 0.2,
+    scale: Annotated[float, Range(search=(0, 3))] = 2.0,
+    weakest: Annotated[float, Range(0, 1)] = 0.8,
+    of: Of = "factors",
+) -> "Tensor":
+    """Keep the largest entries of the adapters' factors, and make up for what each direction lost by that.
+
+    Formula: with A_t, B_t trimmed to A'_t, B'_t: `s_t = sum_j |A_t| / sum_j |A'_t|` for each of the ranks' directions,
+    at least their quantile `weakest`; `A = scale * sum_t A'_t`, `B = scale * sum_t s_t B'_t / sum_t s_t`.
+
+    Shapes: factors [models, *shape], threshold [models] -> merged factor [*shape]; deltas with `of: product`.
+
+    Knobs:
+        weight: weight of each adapter; its root goes to either factor.
+        density: share of entries kept of each factor; 1 keeps all, 0 returns the base.
+        scale: factor on the merged A and on the merged B; 0 returns the base.
+        weakest: quantile of an adapter's s below which none stays; 0 leaves s as it is, 1 makes all equal.
+        of: `factors` merges A and B, `product` their products, without directions: `scale^2 * sum_t` of what is kept.
+
+    Source: Zeng et al. 2025 (arXiv 2502.17159) with the numbers of the authors' code: the largest fifth, twice the
+    sum, the quantile 0.8.
+
+    Deviations: every entry that ties with the k-th is kept; a direction of which nothing is kept gets the least s.
+
+    Use it when: results are to be compared with the paper's. Like all merges of factors it holds products of one
+    adapter's B with another's A, and depends on how each adapter splits its delta; `task_arithmetic` and
+    `core_regmean` do not.
+
+    Example: the deltas stand for the products of two adapters, of which the two largest entries are kept.
+        >>> get("robustmerge").run(base=base, models=models, density=0.5, scale=1, of="product")
+        tensor([4.0000, 1.5000, 1.0000, 0.0000])
+    """
+    return scale * scale * weighted_sum(trim(deltas, threshold), weight)
 
 
 def _disjoint_mean(kept: "Tensor", weight: PerModel, majority: str) -> "Tensor":
