@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from graftkit.checkpoints.gates import write_gates
+from graftkit.checkpoints.resolve import open_source
 from graftkit.checkpoints.sources import open_checkpoint
+from graftkit.testing.evaluation import write_examples
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 16, 24, 40, 2
 
@@ -124,6 +126,22 @@ def gates(file: Path, kind: str, *models: Path) -> Path:
     drawn = {n: torch.rand(shape[0], generator=generator) for n, shape in matrices.items() if "embed" not in n}
     write_gates(file, {n: torch.stack([one, 1 - one]).numpy() for n, one in drawn.items()}, kind=kind, models=prints)
     return file
+
+
+def statistics(told: dict[str, Any], kind: str) -> None:
+    """Statistics of a recipe's models that nobody measured."""
+    sources = [open_source(Path(entry["model"])) for entry in told["models"]]
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for source in sources:
+        values = {}
+        for name, info in (source.factors if kind == "core_gram" else source.tensors).items():
+            width = info.rank * len(sources) if kind == "core_gram" else info.shape[-1]
+            drawn = torch.randn(info.shape if kind == "fisher" else (99, width), generator=generator)
+            if kind == "fisher" or (len(info.shape) == 2 and "embed" not in name):
+                values[name] = (drawn.square() if kind == "fisher" else drawn.T @ drawn / 99).numpy()
+        found.append(values)
+    write_examples(told, kind, found)
 
 
 def recipe(directory: Path, text: str) -> Path:

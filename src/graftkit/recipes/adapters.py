@@ -5,6 +5,7 @@ Paths, by what the method and its inputs allow:
     stack   a weighted sum of adapters: their factors side by side, then truncated in their core
     core    a method that commutes with rotations: it runs on cores of the size of the ranks
     frame   a method that commutes with rotations of the outputs: it runs on as many rows as the ranks have
+    shares  a sum with weights by channel: the factors side by side, the rows of each B by its weights
     rows    any other method, and models that are no factors: dense rows go by, and are sketched
     apart   PEFT's combinations: the method runs on the adapters' A, and on their B
 """
@@ -21,7 +22,7 @@ from graftkit.checkpoints.adapters import Adapter, Factors
 from graftkit.checkpoints.headers import DTYPE_NAMES, TensorInfo
 from graftkit.checkpoints.sources import Checkpoint
 from graftkit.errors import PlanError
-from graftkit.recipes import inputs, layout, ties
+from graftkit.recipes import gates, inputs, layout, ties
 from graftkit.recipes.recipe import Recipe
 from graftkit.recipes.steps import Context, Factoring, Input, Member, Step
 
@@ -101,7 +102,7 @@ def _as_factors(context: Context, step: Step) -> Step | None:
             )
         return None if output.outside == "drop" else step
     path = _path(step, parts, context)
-    needs_base = path == "rows" and not _base_is_free(step)
+    needs_base = _looks_at_weights(step) if path == "shares" else path == "rows" and not _base_is_free(step)
     named = next((part.name for part, _ in parts), step.name)
     form = Factoring(
         module=named.removesuffix(".weight"),
@@ -150,6 +151,15 @@ def check_products(steps: Sequence[Step]) -> None:
             )
 
 
+def notes(steps: Sequence[Step]) -> tuple[str, ...]:
+    """What a merge of factors depends on that a merge of deltas does not."""
+    if any(step.form and step.form.path == "apart" for step in steps):
+        return (
+            "factors are merged each by itself: the result depends on how each adapter splits its delta into A and B",
+        )
+    return ()
+
+
 def _check_apart(context: Context, step: Step, parts: Sequence[tuple[Input, Factors]]) -> None:
     """Refuses what has no factors of one shape to merge."""
     if len(parts) != sum(part.kind != "base" for part in step.models) or any(f.magnitude for _, f in parts):
@@ -170,12 +180,20 @@ def _path(step: Step, parts: Sequence[tuple[Input, Factors]], context: Context) 
         _check_apart(context, step, parts)
         return "apart"
     factors_only = all(part.kind in ("factors", "base") for part in step.models)
+    if method.shares and factors_only and not (step.prepare or step.finish) and gates.by_channel(context.recipe):
+        return "shares"
     if not factors_only or step.prepare or step.finish or not _base_is_free(step):
         return "rows"
     if method.factors:
         return "stack"
     turned = {"both": "core", "output": "frame"}.get(str(method.commutes(step.knobs)), "rows")
     return turned if method.returns_delta else "rows"
+
+
+def _looks_at_weights(step: Step) -> bool:
+    """Whether a sum with weights by channel finds these in the models' weights."""
+    signal = step.knobs.get("global_signal", "none")
+    return signal != "none" and step.knobs.get("of") != "product"
 
 
 def _base_is_free(step: Step) -> bool:

@@ -58,7 +58,7 @@ def check_masks(step: Step, setting: Setting, anchor: Input | None, recipe: Reci
         why = "and `finish` would change the unified delta that its masks were made for; leave it out"
     elif recipe.output.as_ == "adapter":
         why = "and an adapter has no place for them; write a checkpoint"
-    elif recipe.slices or recipe.output.tokenizer or anchor is None:
+    elif recipe.slices or recipe.output.tokenizer or anchor is None or anchor.rows:
         why = f"and {step.name!r} is not one tensor of the base; keep the base's layers and tokens"
     if why:
         raise PlanError(f"recipe: {step.method} writes a bit mask for each of the models, {why}")

@@ -18,7 +18,7 @@ from graftkit.checkpoints.sources import Checkpoint
 from graftkit.recipes import inputs
 from graftkit.recipes.steps import Context, Input, Step
 
-_STACK = re.compile(r"(\.experts\.(?!\d+\.)[\w.]+|moe\.(input|output)_linear\.weight)$")
+STACK = re.compile(r"(\.experts\.(?!\d+\.)[\w.]+|moe\.(input|output)_linear\.weight)$")
 _FUSED = re.compile(r"(?P<head>.*)\.(?P<block>mlp|feed_forward)\.experts\.(?P<part>gate_up_proj|down_proj)(\.weight)?$")
 _APART = re.compile(r"\.(?P<block>\w+)\.experts\.\d+\.(?P<part>\w+)\.weight$")
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
@@ -29,7 +29,7 @@ TRANSPOSED = ("gpt_oss", "llama4", "llama4_text")
 def is_stack(info: TensorInfo) -> bool:
     """Whether a tensor holds one matrix, or one bias, for each expert."""
     wanted = 2 if info.name.endswith("bias") else 3
-    return bool(_STACK.search(info.name)) and len(info.shape) == wanted
+    return bool(STACK.search(info.name)) and len(info.shape) == wanted
 
 
 def split(step: Step, info: TensorInfo, context: Context) -> list[Step]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from graftkit.recipes import gates, layout, vocabulary
+from graftkit.recipes import gates, layout, mapping, statistics, vocabulary
 from graftkit.recipes.coefficients import told
 from graftkit.recipes.plan import Plan
 from graftkit.recipes.recipe import Recipe
@@ -72,6 +72,10 @@ def summary(plan: Plan, *, tensors: bool = False) -> dict[str, Any]:
     }
     if plan.gates:
         told["gates"] = gates.told(plan.gates)
+    if plan.statistics:
+        told["statistics"] = statistics.told(plan.statistics)
+    if plan.backbone:
+        told |= {"recipe": plan.recipe.to_dict(), "backbone": mapping.told(plan.backbone)}
     if plan.vocabulary and plan.rows:
         told["vocabulary"] = vocabulary.told(plan.vocabulary, plan.rows, plan.sources)
     if tensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.headers import TensorInfo
 from graftkit.checkpoints.sources import Checkpoint
 from graftkit.errors import PlanError
-from graftkit.recipes import adapters, inputs, knobs, layout, slices, ties, vocabulary
+from graftkit.recipes import adapters, backbones, inputs, knobs, layout, slices, ties, vocabulary
 from graftkit.recipes.recipe import Recipe
 from graftkit.recipes.steps import Context, Member
 
@@ -38,7 +38,8 @@ def like_of(recipe: Recipe, sources: tuple[inputs.Named, ...], base: int | None,
 
 @dataclass(frozen=True)
 class Form:
-    """The output's tensors, each with its method and knobs, and its place among the contexts: one, or one a slice."""
+    """The output's tensors and their places among the contexts: one, or one a slice. Those that have a setting, a
+    method and its knobs, are merged; all others are copied."""
 
     like: int
     tensors: Mapping[str, TensorInfo]
@@ -49,6 +50,7 @@ class Form:
     notes: tuple[str, ...] = ()
     vocabulary: vocabulary.Vocabulary | None = None
     rows: dict[str, Any] = field(default_factory=dict)  # what happens to each row, by tensor; told as steps are made
+    backbone: backbones.Backbone | None = None  # where the recipe aligns models with one
 
 
 def form_of(
@@ -65,6 +67,10 @@ def form_of(
         return _whole(recipe, like, *adapters.lay_out(recipe, sources, base, entries))
     whole = sources[like].source
     assert isinstance(whole, Checkpoint)
+    if recipe.output.align:
+        context, backbone = backbones.lay_out(recipe, sources, like, base, entries)
+        form = _whole(recipe, like, whole.tensors, context, backbone.merged)
+        return replace(form, backbone=backbone, notes=backbones.notes(backbone))
     untied = ties.untied(whole, tuple(sources[entry] for entry in dict.fromkeys(entries)))
     if recipe.slices and untied[1]:
         raise PlanError(f"recipe.slices: {untied[2][0]}; merge the adapter into its base first")
@@ -104,10 +110,16 @@ def _context(
     )
 
 
-def _whole(recipe: Recipe, like: int, names: Mapping[str, TensorInfo], context: Context) -> Form:
-    """An output of one context, whose gradients of knobs end at its last layer."""
-    last = max((layout.layer(name) or 0 for name in names), default=0)
-    settings = {name: knobs.settings(recipe, name, last) for name in names}
+def _whole(
+    recipe: Recipe, like: int, names: Mapping[str, TensorInfo], context: Context, merged: Collection[str] | None = None
+) -> Form:
+    """An output of one context, whose gradients of knobs end at its last layer.
+
+    `merged` are the tensors that the models make, all if None; the others are copied.
+    """
+    chosen = [name for name in names if merged is None or name in merged]
+    last = max((layout.layer(name) or 0 for name in chosen), default=0)
+    settings = {name: knobs.settings(recipe, name, last) for name in chosen}
     return Form(like, names, (context,), dict.fromkeys(names, 0), settings)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from graftkit import methods
 from graftkit.checkpoints.gates import Gates, open_gates
-from graftkit.errors import PlanError, nearest
+from graftkit.errors import GraftError, PlanError, nearest
 from graftkit.recipes.inputs import Named
 from graftkit.recipes.recipe import Recipe
 from graftkit.recipes.steps import Step
@@ -42,6 +44,16 @@ def gates_of(
     for step in readers:
         _check_step(recipe, found, step)
     return found
+
+
+def by_channel(recipe: Recipe) -> bool:
+    """Whether all gates go by channel: those of the recipe's file, and those of a recipe without one."""
+    if recipe.gates is None:
+        return True
+    try:
+        return open_gates(_file_of(recipe)).granularity == "channel"
+    except GraftError:
+        return True  # refused in a better place
 
 
 def reads_gates(step: Step) -> bool:
@@ -101,8 +113,8 @@ def _check_step(recipe: Recipe, found: Gates, step: Step) -> None:
         )
 
 
-def told(gates: Gates) -> dict[str, str | int]:
-    """A file of gates in words, for plans and records."""
+def told(gates: Gates) -> dict[str, Any]:
+    """A file of gates in words, for plans and records; with the training that it comes from, where it tells of one."""
     size = f"{gates.size}x{gates.size} block" if gates.granularity == "block" else gates.granularity
     return {
         "file": str(gates.file),
@@ -110,4 +122,5 @@ def told(gates: Gates) -> dict[str, str | int]:
         "granularity": size,
         "matrices": len(gates.tensors),
         "content": gates.digest,
+        **{key: json.loads(text) for key, text in gates.about.items() if key == "training"},
     }

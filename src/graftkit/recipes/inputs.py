@@ -219,12 +219,18 @@ def signature(sources: tuple[Named, ...]) -> str:
 def check_base(recipe: Recipe, adapter: Named, base: Named) -> None:
     """Refuses an adapter that records a base of another name, unless the recipe says `accept_base: true`."""
     recorded = adapter.source.base_name if isinstance(adapter.source, Adapter) else ""
-    own = (base.name, str(base.source.directory.resolve()), str(base.source.config.get("_name_or_path", "")))
-    if recorded and not recipe.accept_base and not adapter.placed and _last(recorded) not in map(_last, own):
+    if recorded and not recipe.accept_base and not adapter.placed and not stands_on(adapter, base):
         raise PlanError(
             f"{adapter.label} was trained on {recorded!r}, the recipe's base is {base.name!r}; "
             "if they are the same weights, say `accept_base: true`"
         )
+
+
+def stands_on(adapter: Named, base: Named) -> bool:
+    """Whether an adapter records a base of this one's name."""
+    recorded = adapter.source.base_name if isinstance(adapter.source, Adapter) else ""
+    own = (base.name, str(base.source.directory.resolve()), str(base.source.config.get("_name_or_path", "")))
+    return bool(recorded) and _last(recorded) in map(_last, own)
 
 
 def _last(name: str) -> str:

@@ -25,6 +25,9 @@ EXPERTS = re.compile(r"\.experts\.")
 ENCODERS = re.compile(r"(^|[._])(encoder|vision|visual|audio|image|tower|resampler|perceiver|projector)", re.IGNORECASE)
 """Stacks that feed a language model, and are none."""
 
+FOR_VLMS = "a text model is merged into the backbone of one with an encoder by the keys `vlm` and `experts`"
+"""What to do about tensors of encoders that only some models have."""
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 _POSITIONS = re.compile(r"(wpe|embed_positions|position_embeddings)\.weight$")
 _ROLES = (
@@ -94,13 +97,16 @@ def match_checkpoint(
         hint = "all models of a merge need the same tensors"
         if any(EXPERTS.search(n) for n in missing) and any(EXPERTS.search(n) for n in held):
             hint = "its experts are kept in other tensors; choose output.like from the models that keep them apart"
+        if any(ENCODERS.search(n) for n in missing):
+            hint = FOR_VLMS
         raise PlanError(f"{label} lacks {_some(missing)}; {hint}")
-    _check_shapes(wanted, {name: held[other].shape for name, other in found.items()}, label, rows)
     surplus = [n for n in held if n not in set(found.values()) and not BUFFERS.search(n) and not _is_tie(n, source)]
+    encoder = any(ENCODERS.search(n) for n in surplus)
+    if not encoder:
+        _check_shapes(wanted, {name: held[other].shape for name, other in found.items()}, label, rows)
     if surplus:
-        raise PlanError(
-            f"{label} has {_some(surplus)}, for which the output has no place; choose it by output.like, or drop it"
-        )
+        hint = FOR_VLMS if encoder else "choose it by output.like, or drop it"
+        raise PlanError(f"{label} has {_some(surplus)}, for which the output has no place; {hint}")
     return found
 
 
@@ -117,6 +123,8 @@ def match_adapter(
         if role(name) == "head" and name not in wanted and adapter.config.get("ensure_weight_tying"):
             continue  # the embedding's change, under its other name
         places = [name] if name in wanted else [w for w in wanted if w.endswith("." + name) or name.endswith("." + w)]
+        if not places:  # a VLM's modules are called otherwise in memory, where adapters are trained, than on disk
+            places = [w for w in wanted if _ends_alike(_bare(w), _bare(name))]
         if len(places) != 1:
             verdict = "is in several places" if places else "is not"
             if role(name) == "head" and not places:
@@ -133,6 +141,43 @@ def match_adapter(
     }
     _check_shapes(wanted, shapes, label, rows)
     return found
+
+
+def live_names(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
+    """For each name on disk, the name of the same parameter in a live module; those that have none are left out.
+
+    A parameter keeps its name, or differs only in wrappers around the model (`model.`), or, last, is the only one that
+    ends as the other does: a module inside of another, as a language model's stands in that of one with images.
+    """
+    parameters = list(held)
+    same, bare = set(parameters), _by_bare(parameters)
+    found = {}
+    for name in names:
+        short = _bare(name)
+        close = [name] if name in same else bare.get(short, [])
+        if not close:
+            close = [own for own in parameters if _ends_alike(_bare(own), short)]
+        if len(close) == 1:
+            found[name] = close[0]
+    return found
+
+
+_WRAPPERS = ("model", "transformer", "base_model")
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _by_bare(names: Iterable[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(_bare(name), []).append(name)
+    return found
+
+
+def _ends_alike(one: str, other: str) -> bool:
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def has_rows(name: str) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from graftkit import methods
 from graftkit.checkpoints.headers import TensorInfo
+from graftkit.errors import PlanError
 from graftkit.recipes import experts, layout
 from graftkit.recipes.adapters import CONV1D
 from graftkit.recipes.knobs import Setting
@@ -23,6 +24,8 @@ def fitted(context: Context, info: TensorInfo, setting: Setting) -> Setting:
     method = methods.get(setting.method)
     if not method.matrices:
         return setting
+    if method.measured_with_examples and not (is_matrix(info) and is_measured(info.name)):
+        return _weighted_mean(context, info, setting)
     if not is_matrix(info):
         count = max(1, sum(info.name in member.names for member in context.models))
         values = {"weight": setting.knobs["weight"], "scale": setting.knobs["scale"] / count, "normalize": False}
@@ -30,6 +33,25 @@ def fitted(context: Context, info: TensorInfo, setting: Setting) -> Setting:
     if setting.knobs.get("inputs") != "family":
         return setting
     return replace(setting, knobs={**setting.knobs, "inputs": "rows" if _is_turned(context, info) else "columns"})
+
+
+def _weighted_mean(context: Context, info: TensorInfo, setting: Setting) -> Setting:
+    """The weighted mean of the deltas of those models that have the tensor; of the models where there is no base."""
+    weight, scale = setting.knobs["weight"], setting.knobs["scale"]
+    if context.base is None:
+        if scale != 1:
+            raise PlanError(
+                f"recipe.knobs.scale: {setting.method} scales deltas; name the models' `base`, or leave it 1"
+            )
+        return replace(setting, method="average", knobs={"weight": weight, "normalize": True})
+    each = zip(weight, context.models, strict=True)
+    values = {"weight": tuple(w * (info.name in member.names) for w, member in each), "scale": scale}
+    return replace(setting, method=MEAN, knobs={**values, "normalize": any(values["weight"])})
+
+
+def is_measured(name: str) -> bool:
+    """Whether inputs of a matrix can be listened to: those of experts in a mixture cannot."""
+    return not (layout.EXPERTS.search(name) or experts.STACK.search(name))
 
 
 def is_matrix(info: TensorInfo) -> bool:

@@ -22,6 +22,7 @@ from graftkit.checkpoints.headers import ITEMSIZE
 from graftkit.errors import PlanError
 from graftkit.recipes import (
     adapters,
+    backbones,
     coefficients,
     experts,
     forms,
@@ -31,10 +32,11 @@ from graftkit.recipes import (
     layout,
     matrices,
     rowgroups,
+    statistics,
     vocabulary,
 )
 from graftkit.recipes.recipe import Recipe, load
-from graftkit.recipes.steps import Input, Step, check_contributions, make, scratch
+from graftkit.recipes.steps import Input, Step, check_contributions, copied, make, scratch
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Plan:
     vocabulary: vocabulary.Vocabulary | None = None  # of the output, where the recipe chooses one
     rows: Mapping[str, Any] | None = None  # and what happens to each of its rows
     gates: Gates | None = None  # the opened file that methods read their gates from
+    statistics: statistics.Measured | None = None  # what methods read that was measured with examples
+    backbone: backbones.Backbone | None = None  # that of a VLM, where models are aligned with it
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -112,11 +116,13 @@ def plan(
     full_hash: bool = False,
     within: tuple[Path, ...] = (),
     without_gates: bool = False,
+    without_statistics: bool = False,
 ) -> Plan:
     """Plans a merge: opens headers, resolves every knob of every tensor, lays out the output.
 
     `full_hash`: fingerprint inputs by every byte. `within`: the recipes that this one is a source of.
-    `without_gates`: leave the file of gates unopened, as it is still to be made; such a plan cannot be executed.
+    `without_gates`, `without_statistics`: leave them unopened, as they are still to be made; such a plan cannot be
+    executed.
     Raises PlanError, RecipeError or CheckpointError for everything that would make the merge wrong or impossible.
     """
     recipe = load(recipe)
@@ -144,28 +150,38 @@ def plan(
     scopes = {methods.get(s.method).scope(s.knobs) for s in made if s.method and methods.get(s.method).statistics}
     whole = "model" in scopes or any(applied.group for step in made for applied in step.prepare)
     stages = ("statistics", "merge") if whole else ("merge",)
-    notes = (*inputs.notes(recipe, sources, form.like, full_hash), *form.notes)
+    notes = (*inputs.notes(recipe, sources, form.like, full_hash), *form.notes, *adapters.notes(made))
     planned = Plan(recipe, sources, base, form.like, shards, stages, notes=notes, config=form.config)
     read = None if without_gates else gates.gates_of(recipe, sources, base, entries, planned.steps)
-    planned = replace(planned, vocabulary=form.vocabulary, rows=form.rows, gates=read)
+    held = None if without_statistics else statistics.statistics_of(recipe, sources, base, entries, planned.steps)
+    planned = replace(planned, statistics=held)
+    planned = replace(planned, vocabulary=form.vocabulary, rows=form.rows, gates=read, backbone=form.backbone)
     return replace(planned, hash=_hash(planned))
 
 
 def _steps(recipe: Recipe, form: forms.Form) -> list[Step]:
     """The steps of all tensors; refuses rules and models that change nothing."""
-    knobs.check_rules_match(recipe, form.tensors)
+    knobs.check_rules_match(recipe, form.settings)
     made = []
     for name, info in form.tensors.items():
         context = form.contexts[form.place[name]]
+        if name not in form.settings:
+            made.append(copied(context, info))
+            continue
         made.append(make(context, info, matrices.fitted(context, info, form.settings[name])))
+    spared = form.like if form.backbone else None
+    if form.backbone:
+        backbones.check_measured(made, form.backbone)
     for k, context in enumerate(form.contexts):
-        check_contributions(context, [step for step in made if form.place[step.name] == k])
+        check_contributions(context, [step for step in made if form.place[step.name] == k], spared)
     return [part for step in made for part in _split(step, form)]
 
 
 def _split(step: Step, form: forms.Form) -> list[Step]:
     """The steps that make one tensor: by who has its tokens, by experts, or one."""
     context = form.contexts[form.place[step.name]]
+    if form.backbone and layout.has_rows(step.name):
+        return backbones.split(step, context, form.backbone)
     if layout.has_rows(step.name):
         return rowgroups.split(step, context, form)
     return experts.split(step, form.tensors[step.name], context)
@@ -221,6 +237,7 @@ def _hash(made: Plan) -> str:
         "config": made.config,
         "vocabulary": made.vocabulary.digest if made.vocabulary else None,
         "gates": made.gates.digest if made.gates else None,
+        **({"statistics": made.statistics.digest} if made.statistics else {}),
         "shards": [(shard.file, [_content(step) for step in shard.steps]) for shard in made.shards],
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()

@@ -27,14 +27,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from graftkit.errors import RecipeError, nearest
-from graftkit.recipes import chat_templates
+from graftkit.recipes import chat_templates, vlm
 from graftkit.recipes.parts import Steps
 from graftkit.recipes.ranks import Energy, Outside, Rank, checked
-from graftkit.recipes.sections import STRICT, Slice, SliceBase, Tokenizer, TokenRow
+from graftkit.recipes.sections import STRICT, Slice, SliceBase, Tokenizer, TokenRow, parse_size
 
 DEEPEST = 99_999  # the largest number of a layer
 ROLES = ("attention", "mlp", "embedding", "head", "norm", "other")
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class ModelEntry(BaseModel):
@@ -120,6 +119,8 @@ class Output(BaseModel):
     as_: Literal["checkpoint", "adapter"] = Field("checkpoint", alias="as")
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     like: str | None = None
+    align: Literal["backbone"] | None = None
+    embeddings: Literal["keep", "shared-rows"] | None = None
     shard: str = "5GB"
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
@@ -133,12 +134,24 @@ class Output(BaseModel):
 
     @model_validator(mode="after")
     def _of_one_form(self) -> Output:
-        whole = ("like", "shard", "tokenizer", "chat_template")
+        whole = ("like", "align", "embeddings", "shard", "tokenizer", "chat_template")
         theirs = {"checkpoint": ("rank", "outside"), "adapter": whole}[self.as_]
         wrong = [name for name in theirs if name in self.model_fields_set and getattr(self, name) is not None]
         if wrong:
             other = "as: adapter" if self.as_ == "checkpoint" else "as: checkpoint"
             raise ValueError(f"{wrong[0]!r} is for `{other}`, and this output is `as: {self.as_}`; drop one of the two")
+        return self
+
+    @model_validator(mode="after")
+    def _of_one_model(self) -> Output:
+        if self.align and not self.like:
+            raise ValueError("'align' is for the backbone of a model; name it as `like`")
+        if self.embeddings and not self.align:
+            raise ValueError("'embeddings' says what an aligned backbone's are; say `align: backbone`, or drop it")
+        if self.align and self.tokenizer:
+            raise ValueError(
+                "'tokenizer' chooses a vocabulary, and an aligned backbone keeps its own; drop one of the two"
+            )
         return self
 
     @field_validator("tokenizer", mode="before")
@@ -164,17 +177,6 @@ class Output(BaseModel):
         return parse_size(self.shard)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of `"5GB"`, `"512MiB"` or `"1000"`. Raises ValueError for anything else or for nothing."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
-    if not match or match[2] not in SIZES or float(match[1]) <= 0:
-        raise ValueError(f"a size is a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB; got {text!r}")
-    size = float(match[1]) * SIZES[match[2]]
-    if size > 2**63:
-        raise ValueError(f"a size is at most 8 EiB; got {text[:40]!r}")
-    return int(size)
-
-
 class Recipe(BaseModel):
     """A whole recipe. `directory` is where its relative paths start; it is not part of the YAML."""
 
@@ -186,11 +188,13 @@ class Recipe(BaseModel):
     prepare: Steps = Field(default_factory=list)
     knobs: dict[str, Any] = Field(default_factory=dict)
     gates: str | None = None
+    statistics: str | None = None
     finish: Steps = Field(default_factory=list)
     rules: list[Rule] = Field(default_factory=list)
     output: Output = Field(default_factory=Output)  # type: ignore[arg-type]
     accept_base: bool = False
     seed: int = Field(0, ge=0, lt=2**64)
+    search: dict[str, Any] | None = Field(None, exclude=True)  # for `graft search`; a merge leaves it alone
     notes: list[str] = Field(default_factory=list)
     directory: Path = Field(Path("."), exclude=True)
 
@@ -206,6 +210,8 @@ class Recipe(BaseModel):
     def _models_or_slices(self) -> Recipe:
         if self.models and self.slices:
             raise ValueError("has both models and slices; a slice names its own sources, so drop `models`")
+        if self.output.align and self.slices:
+            raise ValueError("has both slices and `output.align`; a backbone keeps its layers, so drop one of the two")
         if not self.models and not self.slices:
             raise ValueError("the key 'models' is missing, expected a list of at least one model, or `slices`")
         return self
@@ -288,6 +294,8 @@ def _validated(data: dict[str, Any], where: str, directory: Path) -> Recipe:
         from graftkit.recipes import mergekit  # a package of its own, for recipes of its kind only
 
         data = mergekit.translated(data, where) if mergekit.is_mergekit(data) else data
+    if vlm.KEYS & data.keys():
+        data = vlm.expanded(data, where)
     try:
         return Recipe.model_validate({**data, "directory": directory})
     except ValidationError as error:
@@ -308,6 +316,7 @@ EXPECTED = {
     "models[].model": "a path, a hub id or the file of a recipe",
     "knobs": "a mapping of a method's knobs, such as {density: 0.2}",
     "gates": "the path of a file of gates",
+    "statistics": "the directory that `graft statistics` fills, by default `statistics` beside the recipe",
     "rules": "a list of rules",
     "rules[]": "a mapping such as {where: {role: mlp}, knobs: {scale: 0.5}}",
     "rules[].where": "a mapping with name, role or layers",
@@ -318,6 +327,8 @@ EXPECTED = {
     "rules[].knobs": "a mapping of a method's knobs, such as {density: 0.2}",
     "output": "a mapping such as {dtype: bfloat16}",
     "output.like": "`base`, or one of the recipe's models",
+    "output.align": "backbone: the other models are merged into the language backbone of `like`",
+    "output.embeddings": "keep or shared-rows",
     "output.shard": "a size such as 5GB",
     "output.chat_template": "auto, the name of a template, or Jinja text",
     "output.tokenizer": "base, union, one of the recipe's models, or a mapping with the key 'source'",
@@ -329,6 +340,7 @@ EXPECTED = {
     "slices[].base.layer_range": "[first, one after the last], such as [0, 12]",
     "accept_base": "true or false",
     "seed": "a whole number from 0 to 2^64 - 1",
+    "search": "a mapping from knobs to what a search may choose, such as {weight: {low: 0, high: 1.5}}",
 }
 """What the recipe's keys take, in words."""
 
@@ -373,6 +385,7 @@ def _unknown_key(location: list[Any], path: str) -> str:
     parents = [p for p in location[:-1] if isinstance(p, str)]
     section = "tokens" if "tokens" in parents else parents[-1] if parents else ""
     known = [f.alias or name for name, f in _FIELDS[section].model_fields.items() if name != "directory"]
+    known += [] if section else sorted(vlm.KEYS)
     key = str(location[-1])
     close = nearest(key, known)
     hint = f"did you mean {close!r}?" if close else f"known: {', '.join(known)}; a method's knobs stand under 'knobs'"

@@ -1,12 +1,25 @@
-"""The sections of a recipe that change the output's shape: `slices:` (its depth) and `output.tokenizer` (its words)."""
+"""Sections of a recipe: `slices:` (the output's depth), `output.tokenizer` (its words), and sizes in bytes."""
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `"5GB"`, `"512MiB"` or `"1000"`. Raises ValueError for anything else or for nothing."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if not match or match[2] not in SIZES or float(match[1]) <= 0:
+        raise ValueError(f"a size is a number and B, KB, MB, GB, KiB, MiB or GiB, such as 5GB; got {text!r}")
+    size = float(match[1]) * SIZES[match[2]]
+    if size > 2**63:
+        raise ValueError(f"a size is at most 8 EiB; got {text[:40]!r}")
+    return int(size)
 
 
 def _range(value: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from graftkit import methods
@@ -18,6 +18,7 @@ from graftkit.methods.composition import get_part
 from graftkit.recipes import inputs, knobs, layout
 from graftkit.recipes.coefficients import Measured
 from graftkit.recipes.composing import check_masks, composed
+from graftkit.recipes.projections import Piece
 from graftkit.recipes.recipe import Recipe
 
 BLOCK = 1 << 18
@@ -117,6 +118,9 @@ KEPT = 4 << 20
 THIN = 6
 """An estimate of the matrices, a weight long and the directions wide, that are held to factorise a delta."""
 
+KEPT_MODELS = 1 << 22
+"""Values of all models together, up to which they stay in memory for the passes of their signals and the merge."""
+
 TEMPORARIES = 8
 """An estimate of the block-sized arrays, for each input, that a method's torch function makes on its way."""
 
@@ -127,18 +131,34 @@ def scratch(step: Step) -> int:
     wide = ITEMSIZE[step.compute]
     floats = (len(step.models) + 2) * (TEMPORARIES if any(not part.compiled for part in step.parts) else 1)
     factors = (THIN * step.form.directions * sum(step.shape) + min(step.elements, KEPT)) * 8 if step.form else 0
-    return block * (floats * wide + 2 * 8) + factors
+    return block * (floats * wide + 2 * 8) + factors + _moments(step) + _kept(step)
+
+
+def _kept(step: Step) -> int:
+    """Bytes of the models whose signals are taken, where these are few enough to stay in memory."""
+    values = len(step.models) * step.elements
+    looks = bool(step.method) and "signals" in methods.get(step.method).reads and values <= KEPT_MODELS
+    return values * ITEMSIZE[step.compute] if looks else 0
+
+
+def _moments(step: Step) -> int:
+    """Bytes of the second moments that a method reads, float32, and of what it makes of them in float64."""
+    if not step.method or not {"gram", "merged_gram"} & set(methods.get(step.method).reads):
+        return 0
+    return max(step.shape[:2]) ** 2 * (len(step.models) * (4 + 3 * 8) + 3 * 8)
 
 
 @dataclass(frozen=True)
 class Member:
     """A source in one of its parts, as the base, as a model or as what the output is like; it may have several.
 
-    `source` counts the plan's sources; `names` gives, by the output's names of tensors, the source's own.
+    `source` counts the plan's sources; `names` gives, by the output's names of tensors, the source's own. `pieces`
+    are those tensors of the output that are only some rows of the source's, or several of its tensors in one.
     """
 
     source: int
     names: Mapping[str, str]
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -180,8 +200,7 @@ def _composed(context: Context, step: Step, setting: knobs.Setting) -> Step:
     unified = step.method and methods.get(step.method).masks is not None
     if not step.method or not (setting.prepare or setting.finish or unified):
         return step
-    base, order = context.base, tuple(member.source for member in context.models)
-    anchor = Input(base.source, "tensor", base.names[step.name]) if base and step.name in base.names else None
+    anchor, order = _anchor(context, step.name), tuple(member.source for member in context.models)
     if unified:
         check_masks(step, setting, anchor, context.recipe)
     return composed(step, setting, anchor, inputs.keys(context.recipe, context.sources, order, step.name), Applied)
@@ -213,7 +232,7 @@ def _step(context: Context, info: TensorInfo, setting: knobs.Setting) -> Step:
     method = methods.get(setting.method)
     if method.needs_base and base is None:
         raise PlanError(f"recipe.base is missing: {method.name} works on deltas and needs the models' common base")
-    anchor = Input(base.source, "tensor", base.names[name]) if base is not None and name in base.names else None
+    anchor = _anchor(context, name)
     models = tuple(_input(sources[member.source].source, member, name) for member in context.models)
     if method.returns_delta and all(part.kind == "base" for part in models):
         return Step(name, info.shape, dtype, "", {}, anchor or original, ())
@@ -221,7 +240,10 @@ def _step(context: Context, info: TensorInfo, setting: knobs.Setting) -> Step:
     keys = inputs.keys(recipe, sources, order, name) if "rng" in method.reads else ()
     own = any(part.kind != "tensor" for part in models)
     rules = any(isinstance(value, Measured) and value.rule.of == "delta" for value in setting.knobs.values())
-    needed = anchor if method.uses_base or own or rules else None
+    product = setting.knobs.get("of") == "product"
+    needed = anchor if method.uses_base or own or rules or product else None
+    if product and not own and needed is None:
+        raise PlanError(f"recipe.base is missing: {method.name} with `of: product` looks at deltas; name the base")
     if own and needed is None:
         needed = original
     group = (
@@ -244,17 +266,48 @@ def _check_kinds(info: TensorInfo, context: Context) -> None:
             )
 
 
+def copied(context: Context, info: TensorInfo) -> Step:
+    """The step of a tensor that is the like model's, whatever the others have."""
+    wanted = context.recipe.output.dtype
+    dtype = DTYPE_NAMES[wanted] if wanted and info.dtype in FLOATING else info.dtype
+    compute = "F32" if dtype in ("F16", "BF16") and info.dtype != "F64" else "F64"
+    original = Input(context.like.source, "tensor", context.like.names[info.name])
+    return Step(info.name, info.shape, dtype, "", {}, original, (), compute=compute)
+
+
+def _anchor(context: Context, name: str) -> Input | None:
+    """The base's part in a tensor; None where it has none."""
+    base = context.base
+    if base is None or name not in base.names:
+        return None
+    return _input(context.sources[base.source].source, base, name)
+
+
 def _input(source: Source, member: Member, name: str) -> Input:
     if name not in member.names:
         return Input(member.source, "base", "")
-    index, own = member.source, member.names[name]
+    index, own, pieces = member.source, member.names[name], member.pieces.get(name, ())
+    if len(pieces) > 1:
+        parts = tuple(
+            Input(index, "tensor", piece.name, piece.rows or _all_rows(source, piece.name)) for piece in pieces
+        )
+        count = sum(part.rows.count for part in parts if part.rows)
+        return Input(index, "joined", own, Rows(((0, count),)), parts)
+    rows = pieces[0].rows if pieces else None
     if not isinstance(source, Adapter) or own not in source.factors:
-        return Input(index, "tensor", own)
-    return Input(index, "rescaled" if source.factors[own].magnitude else "factors", own)
+        return Input(index, "tensor", own, rows)
+    return Input(index, "rescaled" if source.factors[own].magnitude else "factors", own, rows)
 
 
-def check_contributions(context: Context, steps: list[Step]) -> None:
-    """Refuses a model whose weight is 0 everywhere, and a number of models that the method does not take."""
+def _all_rows(source: Source, name: str) -> Rows:
+    return Rows(((0, source.tensors[name].shape[0]),))
+
+
+def check_contributions(context: Context, steps: list[Step], spared: int | None = None) -> None:
+    """Refuses a model whose weight is 0 everywhere, and a number of models that the method does not take.
+
+    `spared` is a source that gives the output tensors that are not merged.
+    """
     entries, sources = [member.source for member in context.models], context.sources
     merged = [step for step in steps if step.method]
     if not merged:
@@ -265,7 +318,7 @@ def check_contributions(context: Context, steps: list[Step]) -> None:
             wanted = f"exactly {low}" if low == high else f"at least {low}"
             raise PlanError(f"{context.where}: {step.method} takes {wanted} models, got {len(entries)}")
     for k, entry in enumerate(entries):
-        if not any(knobs.contributes(step, k) for step in merged):
+        if entry != spared and not any(knobs.contributes(step, k) for step in merged):
             raise PlanError(
                 f"{context.where}[{k}] ({sources[entry].name}) contributes nothing: its weight is 0, or no tensor "
                 "of it is used; leave it out, or give it a weight"

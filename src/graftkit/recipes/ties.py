@@ -23,13 +23,14 @@ _POSITIONS = re.compile(r"(wpe|positions)\.weight$")
 
 def tied_embedding(source: Checkpoint) -> str:
     """The input embedding that is also the head, by name; empty where the head has weights of its own."""
-    if not _says_tied(source.config) or any(layout.role(name) == "head" for name in source.tensors):
+    if not says_tied(source.config) or any(layout.role(name) == "head" for name in source.tensors):
         return ""
     names = [name for name in source.tensors if layout.role(name) == "embedding" and not _POSITIONS.search(name)]
     return names[0] if len(names) == 1 else ""
 
 
-def _says_tied(config: Mapping[str, Any]) -> bool:
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Whether a config says that the head is the input embedding."""
     nested = config.get("text_config")
     text = nested if isinstance(nested, dict) else config
     return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))

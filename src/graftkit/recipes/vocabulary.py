@@ -105,7 +105,7 @@ def choose(
     if spec is None:
         return None
     first = base if base is not None else next(e for e in entries if isinstance(sources[e].source, Checkpoint))
-    known = _known(sources, first)
+    known = known_words(sources, first)
     chosen = first if spec.source in ("base", "union") else _index(spec.source, sources, "recipe.output.tokenizer")
     words = known[chosen]
     if spec.source == "union":
@@ -117,7 +117,8 @@ def choose(
     return Vocabulary(words, chosen, spec, known, given)
 
 
-def _known(sources: tuple[inputs.Named, ...], first: int) -> dict[int, Words]:
+def known_words(sources: tuple[inputs.Named, ...], first: int) -> dict[int, Words]:
+    """The vocabulary of every source; an adapter's is that of `first`. Raises PlanError for a source without one."""
     found: dict[int, Words] = {}
     files: dict[bytes, Words | None] = {}  # copies of one file are read once
     for k, named in enumerate(sources):
