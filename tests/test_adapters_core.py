@@ -14,6 +14,7 @@ import tiny
 from graftkit import methods
 from graftkit.checkpoints.adapters import open_adapter
 from graftkit.execution.factoring import core_of
+from graftkit.testing.evaluation import write_examples
 from isotropic import flattened
 
 
@@ -55,18 +56,36 @@ def commuting() -> list[str]:
     return [m.name for m in every if m.rotations == "both" and m.returns_delta and not m.factors]
 
 
+def measured(recipe: dict[str, Any], models: list[Path], place: Path) -> dict[str, torch.Tensor]:
+    """Moments of inputs nobody measured, [models, in, in] by tensor, written as of what the adapters read."""
+    recipe |= {"models": [{"model": str(m), "data": f"{m.name}.jsonl"} for m in models], "statistics": str(place / "s")}
+    adapters, draw = [open_adapter(m) for m in models], np.random.default_rng(0)
+    whole, values = {}, [{} for _ in models]
+    for name in adapters[0].factors:
+        right = np.concatenate([adapter.load(name, np.float64).right for adapter in adapters])
+        inputs = draw.standard_normal((len(models), 99, right.shape[1]))
+        whole[name] = torch.from_numpy(np.einsum("tki,tkj->tij", inputs, inputs) / 99)
+        for own, moments in zip(values, whole[name].numpy(), strict=True):
+            own[name] = right @ moments @ right.T
+    write_examples(recipe, "core_gram", values)
+    return whole
+
+
 @pytest.mark.parametrize("name", commuting())
 def test_every_method_that_says_so_commutes(tmp_path: Path, name: str) -> None:
     """With its defaults, on adapters of several ranks, as a dense merge of the same deltas in float64."""
     models = [tiny.adapter(tmp_path / str(k), k, rank=3 + k, targets=("q_proj", "up_proj")) for k in range(3)]
     recipe = {"method": name, "models": [str(m) for m in models], "output": {"as": "adapter", "rank": {"energy": 1.0}}}
+    read = methods.get(name).measured_with_examples
+    whole = measured(recipe, models, tmp_path) if read else {}
     planned = graftkit.plan(recipe)
     assert {step.form.path for step in planned.steps if step.form} == {"core"}
     graftkit.execute(planned, tmp_path / "out")
     found, parts = dense(tmp_path / "out"), [dense(m) for m in models]
     for step in planned.steps:
         stack = torch.from_numpy(np.stack([part[step.name] for part in parts]))
-        wanted = methods.get(name).run(base=torch.zeros_like(stack[0]), models=stack, **step.knobs).numpy()
+        given = {kind: whole[step.name] for kind in read}
+        wanted = methods.get(name).run(base=torch.zeros_like(stack[0]), models=stack, **step.knobs, **given).numpy()
         delta = found.get(step.name, np.zeros_like(wanted))
         assert np.linalg.norm(delta - wanted) <= 1e-5 * np.linalg.norm(wanted)
 

@@ -355,15 +355,16 @@ def test_float64_to_bfloat16_is_the_nearest() -> None:
 
 
 def test_weights_beside_the_largest_number(tmp_path: Path) -> None:
-    """A mean of them is finite. Their difference has no place in float32: refused, never written as infinity."""
+    """A mean of them is finite, and so is a step from one end to the other; beyond the end is refused."""
     high = {n: torch.full(s, 3e38, dtype=torch.bfloat16) for n, s in tiny.shapes().items()}
     a, b = tiny.save(tmp_path / "a", high), tiny.save(tmp_path / "b", high)
     low = tiny.save(tmp_path / "low", {n: -t for n, t in high.items()})
-    graftkit.merge(average(a, b), tmp_path / "out")
-    assert all(torch.equal(t, high[n]) for n, t in load_file(tmp_path / "out" / "model.safetensors").items())
     recipe = {"method": "ties", "base": str(low), "models": [str(a)], "knobs": {"density": 1}}
+    for name, whole in (("mean", average(a, b)), ("step", recipe)):
+        graftkit.merge(whole, tmp_path / name)
+        assert all(torch.equal(t, high[n]) for n, t in load_file(tmp_path / name / "model.safetensors").items())
     with pytest.raises(CheckpointError, match="the result is not finite in BF16"):
-        graftkit.merge(recipe, tmp_path / "other")
+        graftkit.merge({**recipe, "knobs": {"density": 1, "scale": 1.5}}, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 

@@ -45,7 +45,7 @@ def compiled(key, start, count):
     """Uniform numbers as the compiled twin of DARE sees them."""
     first, skip = start // 4, start % 4
     words = np.empty(count + 8, np.uint32)
-    kernels._philox_words(np.uint64(key), np.uint64(first), (count + skip + 3) // 4, words)
+    kernels.philox_words(np.uint64(key), np.uint64(first), (count + skip + 3) // 4, words)
     return words[skip : skip + count] / BITS
 
 

@@ -245,3 +245,11 @@ def test_momentum_leaves_what_iterations_leave():
     assert wudi._left_over(values, 0, 0.1, 0.9).tolist() == [1, 1, 1]
     left = wudi._left_over(values, 2, 0.1, 0.5)
     np.testing.assert_allclose(left[2], 0.9 - 0.1 * (0.5 * 1.0 + 0.9))
+
+
+def test_a_sketch_holds_a_hundredth_less_even_where_all_directions_are_of_one_size():
+    matrix = torch.from_numpy(np.random.default_rng(0).normal(size=(600, 640)) * 1e-22)
+    exact, sketch = (
+        float(f(matrix, 75).sizes.square().sum()) for f in (decomposition.spectrum, decomposition.sketched)
+    )
+    assert 0.985 * exact < sketch < exact * (1 + 1e-6)

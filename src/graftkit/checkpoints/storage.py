@@ -10,9 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+from graftkit.compiling import compiled
 
 FULL, CARRY, SIGN = np.uint16(0x7F80), np.uint16(0x0080), np.uint16(0x8000)
 """A bfloat16's exponent; what makes a full one carry; and where the carry shows."""
@@ -50,7 +49,7 @@ def as_float(raw: np.ndarray, dtype: str, float_dtype: Any) -> np.ndarray:
 def subtract(raw: np.ndarray, dtype: str, base: np.ndarray, out: np.ndarray) -> bool:
     """`number(raw) - base` into `out`, the delta of one block of a tuned model; whether all numbers are finite."""
     if dtype == "BF16":
-        return not _subtract_bfloat16(raw.view(np.uint16), base, out)
+        return not subtract_bfloat16(raw.view(np.uint16), base, out)
     good = widen(raw, dtype, out)
     np.subtract(out, base, out=out)
     return good
@@ -107,7 +106,7 @@ def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-@njit(**JIT)
+@compiled
 def _add_products(left, right, out):  # type: ignore[no-untyped-def]
     for i in range(left.shape[0]):
         row = out[i]
@@ -123,7 +122,7 @@ def _half_table() -> np.ndarray:
     return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
-@njit(**JIT)
+@compiled
 def widen_bfloat16(bits: np.ndarray, out: np.ndarray) -> int:
     """Bits to numbers; not 0 where one is not finite."""
     broken = np.uint16(0)
@@ -134,14 +133,15 @@ def widen_bfloat16(bits: np.ndarray, out: np.ndarray) -> int:
     return broken & SIGN
 
 
-@njit(**JIT)
+@compiled
 def _widen_table(bits, table, out):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         out[i] = table[bits[i]]
 
 
-@njit(**JIT)
-def _subtract_bfloat16(bits, base, out):  # type: ignore[no-untyped-def]
+@compiled
+def subtract_bfloat16(bits: np.ndarray, base: np.ndarray, out: np.ndarray) -> int:
+    """Bits to numbers less the base's; not 0 where one of the numbers is not finite."""
     broken = np.uint16(0)
     for i in range(out.size):
         b = bits[i]
@@ -150,7 +150,7 @@ def _subtract_bfloat16(bits, base, out):  # type: ignore[no-untyped-def]
     return broken & SIGN
 
 
-@njit(**JIT)
+@compiled
 def _exponent_full(bits, mask):  # type: ignore[no-untyped-def]
     found = 0
     for i in range(bits.size):
@@ -158,7 +158,7 @@ def _exponent_full(bits, mask):  # type: ignore[no-untyped-def]
     return found
 
 
-@njit(**JIT)
+@compiled
 def _all_finite(values):  # type: ignore[no-untyped-def]
     bad = 0
     for i in range(values.size):
@@ -166,7 +166,7 @@ def _all_finite(values):  # type: ignore[no-untyped-def]
     return bad == 0
 
 
-@njit(**JIT)
+@compiled
 def narrow_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
     """The bits of float32 numbers to those of the nearest bfloat16, ties to even."""
     for i in range(out.size):
@@ -174,7 +174,7 @@ def narrow_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
         out[i] = np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
 
 
-@njit(**JIT)
+@compiled
 def shorten(wide: np.ndarray, out: np.ndarray) -> None:
     """float64 to float32 so that rounding the result to bfloat16 equals rounding `wide` to bfloat16.
 
@@ -187,17 +187,16 @@ def shorten(wide: np.ndarray, out: np.ndarray) -> None:
     for i in range(out.size):
         middles = np.uint32(middles | np.uint32(np.uint32(bits[i] << HALF) == MIDDLE))
     if middles:
-        rest = np.empty(out.size, np.float32)
-        for i in range(out.size):
-            rest[i] = np.float32(wide[i] - np.float64(out[i]))
-        _leave_middles(bits, rest, rest.view(np.uint32))
+        _leave_middles(bits, wide)
 
 
-@njit(**JIT)
-def _leave_middles(bits, rest, rest_bits):  # type: ignore[no-untyped-def]
+@compiled
+def _leave_middles(bits, wide):  # type: ignore[no-untyped-def]
     none, up, down = np.uint32(0), np.uint32(1), np.uint32(0xFFFFFFFF)
     for i in range(bits.size):  # choices, not branches: they vectorise
-        step = up if np.uint32(np.uint32(bits[i] ^ rest_bits[i]) >> np.uint32(31)) == none else down
-        step = step if rest[i] != np.float32(0) else none
-        step = step if np.uint32(bits[i] << HALF) == MIDDLE else none
-        bits[i] = np.uint32(bits[i] + step)
+        near = np.uint32(bits[i])
+        rest = np.float32(wide[i] - np.float64(near.view(np.float32)))
+        step = up if np.uint32(np.uint32(near ^ rest.view(np.uint32)) >> np.uint32(31)) == none else down
+        step = step if rest != np.float32(0) else none
+        step = step if np.uint32(near << HALF) == MIDDLE else none
+        bits[i] = np.uint32(near + step)

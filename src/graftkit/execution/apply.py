@@ -72,6 +72,15 @@ def run_compiled(method: Method, given: Mapping[str, Any], knobs: Mapping[str, A
     return kernel_of("graftkit.methods.kernels:weighted_sum")(stack, factors, out)
 
 
+def numbers_of(method: Method, given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A method's factors or ballot for `count` models, under that name, for `blending.fused_of`; or nothing."""
+    if method.factors:
+        return {"factors": refusing(method, lambda: method.factors_of(given, knobs, count))}
+    if method.ballot:
+        return {"ballot": refusing(method, lambda: method.ballot_of(given, knobs, count))}
+    return {}
+
+
 def refusing(method: Method, run: Callable[[], Any]) -> Any:
     """A method says by ValueError that it cannot do what its knobs ask."""
     try:

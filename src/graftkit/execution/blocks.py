@@ -23,7 +23,7 @@ from graftkit.execution.magnitudes import Rescaled, rescaled
 from graftkit.methods import Method
 from graftkit.methods.random import Keyed
 from graftkit.recipes.inputs import Named
-from graftkit.recipes.steps import BLOCK, Input, Step
+from graftkit.recipes.steps import BLOCK, KEPT_MODELS, Input, Step
 
 
 def cuts(step: Step, grain: str = "") -> Iterator[tuple[int, int]]:
@@ -140,18 +140,28 @@ class Reader:
         self.base = open_feed(step.base, sources, self.dtype) if step.base else None
         self.models = tuple(self._open(part, sources) for part in step.models)
         self.prepared: tuple[Preparation, ...] = ()
+        self.kept: np.ndarray | None = None
 
     def then(self, preparation: Preparation) -> Reader:
         """The same inputs with one more preparation, after those that it has."""
         more = copy(self)
-        more.prepared = (*self.prepared, preparation)
+        more.prepared, more.kept = (*self.prepared, preparation), None
         return more
 
     def unprepared(self) -> Reader:
         """The same inputs as they came."""
         plain = copy(self)
-        plain.prepared = ()
+        plain.prepared, plain.kept = (), None
         return plain
+
+    def keep_models(self) -> None:
+        """Reads the models of a small tensor once for all passes over them, unless it has."""
+        if self.kept is not None or len(self.models) * self.step.elements > KEPT_MODELS:
+            return
+        whole = self.space.stack("kept", len(self.models), self.step.elements, self.dtype)
+        for start, stop in cuts(self.step, "element"):
+            whole[:, start:stop] = self.read_models(start, stop, self.read_base(start, stop))
+        self.kept = whole
 
     def _open(self, part: Input, sources: tuple[Named, ...]) -> Feed:
         """A model's feed; an adapter that rescales its base's channels (DoRA) is bound to the step's base."""
@@ -199,6 +209,10 @@ class Reader:
 
     def read_models(self, start: int, stop: int, base: np.ndarray | None) -> np.ndarray:
         """The weights of every model, [models, n]; with preparations the base plus what they leave of its delta."""
+        if self.kept is not None:
+            stack = self.space.stack("models", len(self.models), stop - start, self.dtype)
+            stack[:] = self.kept[:, start:stop]
+            return stack
         if self.prepared:
             assert base is not None
             stack = self.space.stack("models", len(self.models), stop - start, self.dtype)

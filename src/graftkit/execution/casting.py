@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from graftkit.checkpoints import storage
+from graftkit.compiling import compiled, reassociated
 from graftkit.errors import NonFiniteError
 from graftkit.execution.blocks import Workspace
 
@@ -78,7 +78,7 @@ def check(raw: np.ndarray, dtype: str, sums: np.ndarray, label: str) -> None:
         )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _cast_bfloat16(result, base, is_delta, anchored, bits, sums):  # type: ignore[no-untyped-def]
     """As for other dtypes, a part at a time, so that what it goes over again is still in the nearest cache."""
     wide, single = np.empty(PART, result.dtype), np.empty(PART, np.float32)
@@ -97,21 +97,21 @@ def _cast_bfloat16(result, base, is_delta, anchored, bits, sums):  # type: ignor
         tally_part(single[:n], before[:n], after[:n], anchored, sums)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def round_bfloat16(wide: np.ndarray, single: np.ndarray, bits: np.ndarray) -> None:
     """The bfloat16 nearest to each number, as bits; and the number as float32."""
     storage.shorten(wide, single)
     storage.narrow_bfloat16(single.view(np.uint32), bits)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _tally_all(wide, before, after, anchored, sums):  # type: ignore[no-untyped-def]
     for first in range(0, wide.size, PART):
         part = slice(first, first + PART)
         tally_part(wide[part], before[part], after[part], anchored, sums)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # a report's sums, not a weight
+@reassociated
 def tally_part(wide: np.ndarray, before: np.ndarray, after: np.ndarray, anchored: bool, sums: np.ndarray) -> None:
     """Adds to `sums` what a `Tally` counts, for numbers before a merge, wanted by it, and after the cast."""
     moved = lost = wanted = swallowed = wide.dtype.type(0)

@@ -24,10 +24,10 @@ from graftkit.checkpoints.adapter_sink import AdapterSink
 from graftkit.checkpoints.masked import FOLDER, INDEX
 from graftkit.checkpoints.sink import Sink
 from graftkit.errors import BusyError, CheckpointError, GraftError, OutputError, PlanError
-from graftkit.execution import adapter_files, adapters, coefficients, gating, masking, record, reductions
+from graftkit.execution import adapter_files, adapters, coefficients, gating, masking, measured, record, reductions
 from graftkit.execution.aligning import places
-from graftkit.execution.apply import apply, refusing
-from graftkit.execution.blending import blend_of
+from graftkit.execution.apply import apply, numbers_of
+from graftkit.execution.blending import fused_of
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.casting import Tally, cast
 from graftkit.execution.finishing import Block, Merged, finished
@@ -109,12 +109,13 @@ def execute(
     machine: dict[str, Any] = {"workers": workers, "memory": memory, "device": device, "progress": progress}
     try:
         for named in planned.sources:
-            _make_nested(named, machine)
+            make_nested(named, machine)
         return _run(job, state)
     finally:
         sink.close()
-        for held in (*(named.source for named in planned.sources), *([planned.gates] if planned.gates else [])):
-            held.close()
+        for held in (*(named.source for named in planned.sources), planned.gates, planned.statistics):
+            if held is not None:
+                held.close()
 
 
 def _open_sink(planned: Plan, out: Path, token: str, overwrite: bool) -> Sink:
@@ -124,7 +125,7 @@ def _open_sink(planned: Plan, out: Path, token: str, overwrite: bool) -> Sink:
     return Sink(out, layout, token, overwrite=overwrite, beside=masking.files(planned))
 
 
-def _make_nested(named: inputs.Named, machine: dict[str, Any]) -> None:
+def make_nested(named: inputs.Named, machine: dict[str, Any]) -> None:
     """Carries out the recipe that a source is the result of, unless the cache holds it; waits for others."""
     while named.nested and not _in_cache(named):
         try:
@@ -166,6 +167,7 @@ def _check_apart(planned: Plan, out: Path) -> None:
     kept = [*inputs.files_of(planned.sources), *(named.source.directory.resolve() for named in planned.sources)]
     kept.append(planned.recipe.directory.resolve() / "recipe.yaml")
     kept += [planned.gates.file.resolve()] if planned.gates else []
+    kept += [own.file.resolve() for own in planned.statistics.distinct] if planned.statistics else []
     for path in kept:
         if out.resolve() in (path, *path.parents):
             raise OutputError(f"{out}: holds {path.name!r}, an input of this merge; choose another name")
@@ -318,11 +320,10 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     method, space = methods.get(step.method), job.space
     reader, prepared = opened(step, job.plan.sources, space, job.thresholds)
     statistics, notes = reductions.statistics_of(method, step.knobs, reader, job.thresholds.get(step.group))
-    statistics |= gating.read(method, step, job.plan.gates)
-    tally, blend = Tally(), None
-    if method.factors and job.device == "cpu":
-        factors = refusing(method, lambda: method.factors_of(statistics, step.knobs, len(step.models)))
-        statistics, blend = {**statistics, "factors": factors}, blend_of(method, factors, reader)
+    statistics |= gating.read(method, step, job.plan.gates) | measured.read(step, job.plan.statistics, reader)
+    notes |= gating.evidence(step, job.plan.gates, statistics)
+    statistics |= numbers_of(method, statistics, step.knobs, len(step.models))
+    tally, fused = Tally(), fused_of(method, statistics, reader) if job.device == "cpu" else None
     merged = finished(partial(_merged, job, reader, statistics), reader, job.device)
     marked = masking.Marked(merged, reader, job.plan.sources, job.sink) if method.masks else None
     if step.form and isinstance(job.sink, AdapterSink):
@@ -330,7 +331,7 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     for start, stop in cuts(step):
         if job.stop.is_set():
             raise _Stopped
-        raw = blend.block(start, stop, tally) if blend else _block(job, step, marked or merged, start, stop, tally)
+        raw = fused.block(start, stop, tally) if fused else _block(job, step, marked or merged, start, stop, tally)
         for place, first, last in places(step, start, stop):
             job.sink.write(step.name, place, raw[first:last])
     around = {"prepare": prepared, "finish": [applied.name for applied in step.finish]}

@@ -15,7 +15,7 @@ import graftkit
 from graftkit.checkpoints.headers import DTYPE_NAMES
 from graftkit.checkpoints.sources import read_json
 from graftkit.errors import CheckpointError
-from graftkit.recipes import chat_templates, configuration, words
+from graftkit.recipes import chat_templates, configuration, mapping, statistics, words
 from graftkit.recipes.gates import told
 from graftkit.recipes.plan import Plan
 from graftkit.recipes.vocabulary import Vocabulary, translation
@@ -68,6 +68,8 @@ def build(
         ],
         "like": plan.sources[plan.like].name,
         **({"gates": told(plan.gates)} if plan.gates else {}),
+        **({"backbone": mapping.told(plan.backbone)} if plan.backbone else {}),
+        **({"statistics": statistics.told(plan.statistics)} if plan.statistics else {}),
         "notes": list(plan.notes),
         "versions": versions(),
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count()},

@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from graftkit.compiling import reassociated
 from graftkit.execution import signals
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of
+from graftkit.execution.counting import BINS, Read, Window, count, read_magnitudes
 from graftkit.methods import Method
 from graftkit.methods.parts import band_ranks, deviation, kept_count, spread
 from graftkit.recipes.steps import Step
 
-BINS = 1 << 16
-MAGNITUDE = np.uint32(0x7FFFFFFF)  # a float32's bits without its sign
 SAMPLE = 4  # blocks that place the window
-PART = 64  # entries that are looked at together for one in the window
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,6 @@ Open = Callable[[Step, Workspace], Reader]
 Spread = Callable[[Callable[[Step, Workspace], np.ndarray], Sequence[Step]], Iterable[np.ndarray]]
 """Runs a function on every step, on any number of workers, and yields its results."""
 
-Read = Callable[[Reader, int, int], np.ndarray]
-"""Reads elements as bit patterns of float32 numbers, uint32 [rows, n]; their signs do not count."""
-
 
 def select(
     steps: Sequence[Step], density: Sequence[float], opening: Open, space: Workspace, spread: Spread | None = None
@@ -116,10 +111,13 @@ def _select_by_radix(
 ) -> Selected:
     """The k-th value of each row of what is read; two passes."""
     run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
-    zeros = np.zeros((len(wanted), BINS), np.int64)
-    high = sum(run(lambda step, scratch: _count(opening(step, scratch), zeros, None, read), steps), zeros)
-    bins, above = _locate(high, wanted)
-    low = sum(run(lambda step, scratch: _count(opening(step, scratch), zeros, bins, read), steps), zeros)
+
+    def counted(window: Window) -> np.ndarray:
+        counts = run(lambda step, scratch: count(opening(step, scratch), window, read), steps)
+        return np.asarray(sum(counts, np.zeros((len(wanted), 1 + BINS), np.int64)))[:, 1:]
+
+    bins, above = _locate(counted(Window.at(np.zeros(len(wanted)), shift=16)), wanted)
+    low = counted(Window.at(bins << 16))
     rest, over = _locate(low, wanted - above)
     bits = (bins.astype(np.uint32) << np.uint32(16)) | rest.astype(np.uint32)
     return bits, above + over, above + over + low[np.arange(len(wanted)), rest]
@@ -132,34 +130,20 @@ def _select_by_window(reader: Reader, wanted: np.ndarray) -> Selected | None:
         return None
     chosen = [blocks[k * (len(blocks) - 2) // (SAMPLE - 1)] for k in range(SAMPLE)]  # all but the last block are full
     size = chosen[0][1] - chosen[0][0]
-    patterns = reader.space.stack("sample", len(wanted), SAMPLE * size, np.uint32)
+    sample = reader.space.stack("sample", len(wanted), SAMPLE * size, np.uint32)
     for k, block in enumerate(chosen):
-        patterns[:, k * size : (k + 1) * size] = reader.read_patterns(*block) & MAGNITUDE
-    places = np.clip(wanted * patterns.shape[1] // reader.step.elements, 1, patterns.shape[1])
-    for row, k in zip(patterns, places, strict=True):
+        read_magnitudes(reader, *block, sample[:, k * size : (k + 1) * size])
+    places = np.clip(wanted * sample.shape[1] // reader.step.elements, 1, sample.shape[1])
+    for row, k in zip(sample, places, strict=True):
         row.partition(row.size - k)
-    middle = np.array([row[row.size - k] for row, k in zip(patterns, places, strict=True)], np.int64)
-    first = np.maximum(middle - BINS // 2, 0).astype(np.uint32)
-    counts, above = np.zeros((len(wanted), BINS), np.int64), np.zeros(len(wanted), np.int64)
-    for start, stop in blocks:
-        for k, row in enumerate(reader.read_patterns(start, stop)):
-            above[k] += _count_window(row, first[k], middle[k] - first[k], counts[k])
+    middle = np.array([row[row.size - k] for row, k in zip(sample, places, strict=True)], np.int64)
+    first = np.maximum(middle - BINS // 2, 0)
+    found = count(reader, Window(0, first, middle - first))
+    above, counts = found[:, 0], found[:, 1:]
     if (above >= wanted).any() or (above + counts.sum(axis=1) < wanted).any():
         return None
     place, over = _locate(counts, wanted - above)
-    return first + place.astype(np.uint32), above + over, above + over + counts[np.arange(len(wanted)), place]
-
-
-def _count(reader: Reader, zeros: np.ndarray, bins: np.ndarray | None, read: Read) -> np.ndarray:
-    """Counts of the patterns' upper 16 bits, or of the lower 16 within the given bins; [rows, 65536], as `zeros`."""
-    counts = zeros.copy()
-    for start, stop in cuts(reader.step):
-        for k, row in enumerate(read(reader, start, stop)):
-            if bins is None:
-                _count_upper(row, counts[k])
-            else:
-                _count_lower(row, np.uint32(bins[k]), counts[k])
-    return counts
+    return (first + place).astype(np.uint32), above + over, above + over + counts[np.arange(len(wanted)), place]
 
 
 def _locate(counts: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -295,7 +279,7 @@ def groups_of(steps: Iterable[Step]) -> list[Group]:
     return sorted(found.values(), key=lambda group: math.inf if group.level is None else group.level)
 
 
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@reassociated
 def _l1(values):  # type: ignore[no-untyped-def]
     total = 0.0
     for i in range(values.size):
@@ -303,43 +287,7 @@ def _l1(values):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(nogil=True, cache=True)
-def _count_upper(patterns, counts):  # type: ignore[no-untyped-def]
-    for i in range(patterns.size):
-        counts[(patterns[i] & MAGNITUDE) >> np.uint32(16)] += 1
-
-
-@njit(nogil=True, cache=True)
-def _count_lower(patterns, bin, counts):  # type: ignore[no-untyped-def]
-    for i in range(patterns.size):
-        if ((patterns[i] & MAGNITUDE) >> np.uint32(16)) == bin:
-            counts[patterns[i] & np.uint32(0xFFFF)] += 1
-
-
-@njit(nogil=True, cache=True)
-def _count_window(patterns, first, middle, counts):  # type: ignore[no-untyped-def]
-    above, equal = np.int64(0), np.int64(0)  # deltas of bfloat16 models tie: `middle` alone may be a tenth of all
-    start_bits, centre, bins, zero = np.int32(first), np.int32(middle), np.int32(BINS), np.int32(0)
-    for start in range(0, patterns.size, PART):
-        part = patterns[start : start + PART]
-        over, reached, same = np.int32(0), np.int32(0), np.int32(0)
-        for i in range(part.size):
-            place = np.int32(np.int32(part[i] & MAGNITUDE) - start_bits)  # a sum of int32 would be 64 bits wide
-            over = np.int32(over + np.int32(place >= bins))
-            reached = np.int32(reached + np.int32(place >= zero))
-            same = np.int32(same + np.int32(place == centre))
-        above += over
-        equal += same
-        if reached > over + same:  # few parts have another entry in the window
-            for i in range(part.size):
-                place = np.int32(np.int32(part[i] & MAGNITUDE) - start_bits)
-                if 0 <= place < BINS and place != middle:
-                    counts[place] += 1
-    counts[middle] += equal
-    return above
-
-
-@njit(nogil=True, cache=True, fastmath={"reassoc"})
+@reassociated
 def dot(left: np.ndarray, right: np.ndarray) -> float:
     """The inner product of two blocks, added in float64."""
     total = 0.0

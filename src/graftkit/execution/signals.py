@@ -11,8 +11,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from graftkit.compiling import compiled
 from graftkit.execution.blocks import ByRows, Reader, cuts
 from graftkit.methods import Method
 from graftkit.methods.signals import counts_of, edges_of, entropy_of
@@ -30,7 +30,10 @@ def measured(method: Method, knobs: Mapping[str, Any], reader: Reader) -> tuple[
     wanted = set(method.statistics)
     found: dict[str, Any] = {}
     notes: dict[str, Any] = {}
-    blocks = partial(_blocks, reader, "deltas" in method.reads)
+    of_deltas = "deltas" in method.reads or knobs.get("of") == "product"
+    if "signals" in wanted and knobs["global_signal"] != "none" and not of_deltas:
+        reader.keep_models()
+    blocks = partial(_blocks, reader, of_deltas)
     if "range" in wanted:
         found["range"] = span(blocks, len(reader.models))
     if "histogram" in wanted:
@@ -45,7 +48,7 @@ def measured(method: Method, knobs: Mapping[str, Any], reader: Reader) -> tuple[
 
 def _blocks(reader: Reader, of_deltas: bool, grain: str) -> Iterator[tuple[int, np.ndarray]]:
     for start, stop in cuts(reader.step, grain):
-        base = reader.read_base(start, stop)
+        base = reader.read_base(start, stop) if reader.kept is None else None
         yield start, (reader.read_deltas if of_deltas else reader.read_models)(start, stop, base)
 
 
@@ -71,10 +74,13 @@ def histogram(blocks: Blocks, models: int, knobs: Mapping[str, Any]) -> np.ndarr
     """How many values of each model lie in each of its own bins: int64 [models, bins]."""
     edges = edges_of(span(blocks, models), knobs["bins"], knobs["last_bin"])
     reached = np.zeros(edges.shape, np.int64)
+    closed = knobs["last_bin"] == "closed"  # all reach its first edge, and its last decides nothing
+    inner = reached[:, 1:-1] if closed else reached
     for _, stack in blocks("element"):
-        limits = _at_least(edges, stack.dtype)
-        for values, own, counts in zip(stack, limits, reached, strict=True):
-            _count_reached(values, own, counts)
+        limits = _at_least(edges[:, 1:-1] if closed else edges, stack.dtype)
+        reached[:, 0] += stack.shape[1] if closed else 0
+        for values, own, counts in zip(stack, limits, inner, strict=True):
+            _count_reached(values, np.ascontiguousarray(own), counts)
     return counts_of(reached, knobs["last_bin"])
 
 
@@ -145,7 +151,7 @@ def _largest(squared: Callable[[np.ndarray], np.ndarray], models: int, width: in
     return np.maximum(found, 0.0)  # type: ignore[no-any-return]
 
 
-@njit(nogil=True, cache=True)
+@compiled
 def _count_reached(values, edges, counts):  # type: ignore[no-untyped-def]
     for start in range(0, values.size, CHUNK):
         part = values[start : start + CHUNK]

@@ -21,6 +21,10 @@ A method's positional parameters name what it reads, from a closed vocabulary:
     distance  [models, out]     L1 distance of each output channel from the mean of the others' channels; float64
     signals   [models]          what the knob `global_signal` names: entropy, spectral norm, or zeros; float64
     gates     [models, out, in or 1]    values that a gates file holds for each output channel, or each element
+    fisher    [models, *shape]  diagonal Fisher information of each weight, over its root mean square in the model
+    gram      [models, in, in]  mean of `x x^T` over the inputs that a linear layer gets in each model's domain
+    merged_gram [models, in, in]    the same of the inputs behind the merged layers before it, not the model's own
+    core_gram [models, in, in]  `gram` within what the models' adapters read; elsewhere nothing is known
 
 Its keyword-only parameters are knobs. A method that reads `deltas` and not `base` returns the merged delta; any other
 returns weights. Block cutting, dtypes, files, adapters and devices are not its business.
@@ -47,7 +51,10 @@ STATISTICS = (
 )  # fmt: skip
 """Reductions over a tensor (or over the model) that the engine makes just before a method runs."""
 
-INPUTS = ("base", "models", "deltas", "rng", "shape", "gates", *STATISTICS)
+MEASURED = ("gram", "merged_gram", "core_gram", "fisher")
+"""Statistics of examples of each model's domain, made by `graft statistics` and stored."""
+
+INPUTS = ("base", "models", "deltas", "rng", "shape", "gates", *MEASURED, *STATISTICS)
 """What a method may read."""
 
 BY_ROWS = ("gates", "distance")
@@ -75,11 +82,14 @@ class Method:
     kernel: str | None = None
     sparsifier: str | None = None
     factors: Callable[..., Any] | None = None
+    ballot: Callable[..., Any] | None = None
     masks: Callable[..., Any] | None = None
     gates: tuple[str, ...] = ()
     lookups: Mapping[str, Any] = field(default_factory=dict)
     matrices: bool = False
     entrywise: Mapping[str, Any] = field(default_factory=dict)
+    shares: Callable[..., Any] | None = None
+    halves: Callable[..., Any] | None = None
 
     @property
     def compiled(self) -> bool:
@@ -105,6 +115,11 @@ class Method:
     def statistics(self) -> tuple[str, ...]:
         """The statistics that it reads, in order."""
         return tuple(name for name in self.reads if name in STATISTICS)
+
+    @property
+    def measured_with_examples(self) -> tuple[str, ...]:
+        """The statistics of examples that it reads, in order."""
+        return tuple(name for name in self.reads if name in MEASURED)
 
     def scope(self, knobs: Mapping[str, Any]) -> str:
         """Over what its statistics are taken: `tensor`, or `model` where its knob `scope` says so."""
@@ -134,9 +149,27 @@ class Method:
     def factors_of(self, given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> Any:
         """For a weighted sum of what it reads: the factors, float64 [models]."""
         assert self.factors is not None
-        wanted = inspect.signature(self.factors).parameters
-        values = {"count": count, **knobs, **{name: given[name] for name in wanted if name in INPUTS}}
-        return self.factors(**{name: values[name] for name in wanted})
+        return _numbers(self.factors, given, knobs, count)
+
+    def ballot_of(self, given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> Any:
+        """For a method that thins deltas out and votes on them: its `methods.ballots.Ballot`."""
+        assert self.ballot is not None
+        return _numbers(self.ballot, given, knobs, count)
+
+    def shares_of(self, given: Mapping[str, Any], knobs: Mapping[str, Any]) -> Any:
+        """For a sum whose weights go by channel: the weight of each model's delta, [models, out, in or 1]."""
+        assert self.shares is not None
+        values = {**knobs, **given}
+        return self.shares(**{name: values[name] for name in inspect.signature(self.shares).parameters})
+
+    def merged_halves(self, a: Any, b: Any, roots: Any, knobs: Mapping[str, Any]) -> Any:
+        """For a merge of adapters' factors A [models, rank, in] and B [models, out, rank] together: the merged two.
+
+        `roots`: what each A, and each B, is to be multiplied by, [models] each.
+        """
+        assert self.halves is not None
+        wanted = list(inspect.signature(self.halves).parameters)[3:]
+        return self.halves(a, b, roots, **{name: knobs[name] for name in wanted})
 
     def masked(self, deltas: Any, merged: Any, knobs: Mapping[str, Any]) -> Any:
         """The models' masks, of a method that has some."""
@@ -147,11 +180,13 @@ class Method:
     def run(self, *, base: Any = None, models: Any = None, rng: Any = None, gates: Any = None, **knobs: Any) -> Any:
         """Merges whole tensors in memory: `base` [*shape], `models` [models, *shape]; returns the merged weights.
 
-        `gates` [models, out] or [models, out, in], for a method that reads them.
+        `gates` [models, out] or [models, out, in], for a method that reads them; in the same way, beside the knobs,
+        `gram`, `core_gram` and `fisher`, as above.
 
         The reference for everything that the engine does in blocks. A knob may be a tensor, to take gradients by it.
         Raises RecipeError for a knob that does not exist or is out of its range, and for inputs that are missing.
         """
+        examples = {name: knobs.pop(name) for name in self.measured_with_examples if knobs.get(name) is not None}
         values = self.settings(knobs)
         fewest, most = self.model_count
         if not fewest <= len(models) <= (most or len(models)):
@@ -161,9 +196,15 @@ class Method:
             raise RecipeError(f"{self.name} works on deltas: it needs a base")
         if "rng" in self.reads and rng is None:
             raise RecipeError(f"{self.name} draws random numbers: give rng=Keyed.of(seed=0, models={len(models)})")
-        deltas = (models if base is None else models - base) if self.uses_base else None
+        lacking = next((name for name in self.measured_with_examples if name not in examples), None)
+        if lacking:
+            raise RecipeError(f"{self.name} reads what is measured with examples: give {lacking}=[models, ...]")
+        product = values.get("of") == "product"
+        if product and "models" in self.reads and base is None:
+            raise RecipeError(f"{self.name} with `of: product` looks at deltas: it needs a base")
+        deltas = (models if base is None else models - base) if self.uses_base or product else None
         given = {"base": base, "models": models, "deltas": deltas, "rng": rng, "shape": tuple(models.shape[1:])}
-        given["gates"] = self._gates_of(gates, models, values)
+        given |= {"gates": self._gates_of(gates, models, values), **examples}
         given |= self.measured(given, values)
         result = self.function(*(given[name] for name in self.reads), **values)
         return base + result if self.returns_delta and base is not None else result
@@ -172,7 +213,7 @@ class Method:
         """The statistics that it reads, of whole tensors: of `deltas` where it reads them, else of `models`."""
         from graftkit.methods import parts
 
-        stack = given["deltas" if "deltas" in self.reads else "models"]
+        stack = given["deltas" if "deltas" in self.reads or knobs.get("of") == "product" else "models"]
         plain = [name for name in self.statistics if name != "retained"]
         found = {n: parts.statistic(n, given["deltas"] if n == "threshold" else stack, knobs) for n in plain}
         if "retained" in self.statistics:
@@ -207,6 +248,13 @@ class Method:
         return {name: knob.default for name, knob in self.knobs.items()} | checked | arrays
 
 
+def _numbers(function: Callable[..., Any], given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> Any:
+    """Calls a function with what it names: the `count` of models, knobs, and inputs."""
+    wanted = inspect.signature(function).parameters
+    values = {"count": count, **knobs, **{name: given[name] for name in wanted if name in INPUTS}}
+    return function(**{name: values[name] for name in wanted})
+
+
 _REGISTRY: dict[str, Method] = {}
 
 
@@ -228,11 +276,14 @@ def method(
     kernel: str | None = None,
     sparsifier: str | None = None,
     factors: Callable[..., Any] | None = None,
+    ballot: Callable[..., Any] | None = None,
     masks: Callable[..., Any] | None = None,
     matrices: bool = False,
     entrywise: Mapping[str, Any] | None = None,
     gates: tuple[str, ...] = (),
     lookups: Mapping[str, Any] | None = None,
+    shares: Callable[..., Any] | None = None,
+    halves: Callable[..., Any] | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a method; the function itself is returned unchanged.
 
@@ -244,13 +295,18 @@ def method(
     that reads `retained`, the preparation that makes deltas sparse as it does, with knobs of the same names.
     `factors`: where the result is a weighted sum of the tensors, what gives the factors [models] in float64 from their
     `count`, statistics (numpy arrays) and knobs, by name; the engine then needs nothing else of the method.
+    `ballot`: where it thins deltas out and adds up the rest, or what agrees with an elected sign, what gives its
+    numbers (`methods.ballots.Ballot`) in the same way, for merges of bfloat16 tensors in one pass.
     `masks`: for a unified model with a bit mask for each of the models, what gives these, [models, *shape], from
     `deltas`, the `merged` delta, and knobs, by name; a knob `rescale` says over what masked deltas are scaled to the
     L1 norms of the models' (`model`, `means` of its tensors, `tensor` or `none`).
     `matrices`: it is for matrices of linear layers, and has the knobs `weight` and `scale`; every other tensor (norms,
     biases, embeddings, output embeddings) gets `scale` times the weighted mean of the deltas from the engine.
     `gates`: for a method that reads them, the kinds of gates that it takes. `lookups`: values of knobs for embeddings
-    and heads, whose rows are looked up, where no rule says otherwise.
+    and heads, whose rows are looked up, where no rule says otherwise. `shares`: where the merged delta is a sum of the
+    models' deltas with weights by channel or entry, what gives these [models, out, in or 1] from `signals`, `gates` and
+    knobs, by name. `halves`: where it has a knob `of` and merges adapters' factors together, what gives the merged A
+    and B from all A [models, rank, in], all B [models, out, rank], what these are to be multiplied by, and knobs.
     """
 
     def register(function: F) -> F:
@@ -278,11 +334,14 @@ def method(
             kernel,
             sparsifier,
             factors,
+            ballot,
             masks,
             gates,
             lookups or {},
             matrices,
             entrywise or {},
+            shares,
+            halves,
         )
         return function
 
@@ -293,7 +352,7 @@ def method(
 def _load_all() -> None:
     """Imports the built-in methods and every module registered under the entry point `graftkit.methods`."""
     for theme in ("averages", "spheres", "arithmetic", "sparse", "masks", "competition", "unified", "factors", "graft",
-                  "spectral", "wudi"):  # fmt: skip
+                  "spectral", "wudi", "curvature"):  # fmt: skip
         importlib.import_module(f"graftkit.methods.{theme}")
     for entry in metadata.entry_points(group="graftkit.methods"):
         try:

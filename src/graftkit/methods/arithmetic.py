@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from graftkit.methods import PerModel, Range, method
+from graftkit.methods.ballots import Ballot
 from graftkit.methods.parts import combined, disjoint, drop, per_model, restored, spread, trim, weighted_sum
 
 if TYPE_CHECKING:
@@ -19,6 +20,42 @@ Scale = Annotated[float, Range(search=(0, 2))]
 def _sum_factors(count: int, weight: PerModel, scale: float, normalize: bool) -> "np.ndarray":
     weights = scale * spread(weight, count)
     return weights / spread(weight, count).sum() if normalize else weights  # type: ignore[no-any-return]
+
+
+def _ties_ballot(
+    count: int,
+    threshold: "np.ndarray",
+    retained: "np.ndarray",
+    weight: PerModel,
+    scale: float,
+    combine: str,
+    weighted_election: bool,
+) -> Ballot:
+    weights = spread(weight, count)
+    votes = weights if weighted_election else spread(1, count)
+    return Ballot(threshold, spread(1, count), 1 / retained, votes, weights, combine == "mean", scale)
+
+
+def _dare_ballot(
+    count: int,
+    retained: "np.ndarray",
+    weight: PerModel,
+    density: PerModel,
+    scale: float,
+    elect: str,
+    normalize: bool,
+    combine: str,
+    weighted_election: bool,
+    rescale: bool,
+    rescale_by: str,
+) -> Ballot:
+    weights, shares, all_ = spread(weight, count), spread(density, count), spread(0, count)
+    divided = shares if rescale and rescale_by == "chance" else spread(1, count)
+    gains = 1 / (retained * divided + (divided == 0))  # a share of nothing keeps nothing to scale
+    if elect == "none":
+        return Ballot(all_, shares, gains, None, weights / (weights.sum() if normalize else 1), False, scale)
+    votes = weights if weighted_election else spread(1, count)
+    return Ballot(all_, shares, gains, votes, weights, combine == "mean", scale)
 
 
 @method(
@@ -59,6 +96,7 @@ def task_arithmetic(deltas: "Tensor", *, weight: Weight = 1.0, scale: Scale = 1.
     source="Yadav et al. 2023, TIES-Merging (arXiv 2306.01708)",
     grain="element",
     kernel="graftkit.methods.kernels:ties",
+    ballot=_ties_ballot,
     sparsifier="trim",
 )
 def ties(
@@ -112,6 +150,7 @@ def ties(
     source="Yu et al. 2024, Language models are Super Mario (arXiv 2311.03099)",
     grain="element",
     kernel="graftkit.methods.kernels:dare",
+    ballot=_dare_ballot,
     sparsifier="dare",
 )
 def dare(

@@ -1,7 +1,7 @@
 """Singular directions of matrices, by the smaller of their two Gram matrices: what methods that look at spectra share.
 
-Everything is computed in float64, where the squares of singular values down to `NOISE` times the largest keep half of
-their digits; what lies below is rounding of the weights, and belongs to no direction.
+Exact spectra are computed in float64, where the squares of singular values down to `NOISE` times the largest keep half
+of their digits; what lies below is rounding of the weights, and belongs to no direction. Sketches work in float32.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 NOISE = 1e-6
 """Singular values below this share of the largest are taken for rounding of the weights."""
 
-OVERSAMPLED = 16  # directions that a sketch takes beyond those wanted
-TURNS = 2  # passes that turn its random directions towards the matrix's own
+COARSE = 1e-3
+"""The same for what a sketch gave, in float32."""
+
+OVERSAMPLED = 4  # a sketch takes a quarter more directions than those wanted, and 16 at least
+TURNS = 6  # passes that turn its random directions towards the matrix's own
 
 
 class Spectrum(NamedTuple):
@@ -34,28 +37,31 @@ def spectrum(matrix: Tensor, most: int | None = None, *, floor: float = 0.0) -> 
         return Spectrum(left.T, sizes, right.T)
     squares, directions = _descending(matrix.T @ matrix, most)
     known = squares.detach()
-    least = max(floor, float(known[:1].clamp(min=0).sqrt().sum()) * NOISE)
+    noise = NOISE if matrix.dtype.itemsize > 4 else COARSE
+    least = max(floor, float(known[:1].clamp(min=0).sqrt().sum()) * noise)
     count = int((known[:most] > least * least).sum())
     sizes, right = squares[:count].sqrt(), directions[:, :count]
     return Spectrum((matrix @ right) / sizes, sizes, right.T)
 
 
-def sketched(matrix: Tensor, most: int, *, floor: float = 0.0) -> Spectrum:
-    """Nearly the first `most` singular triplets, by subspace iteration from fixed random directions.
+def sketched(matrix: Tensor, most: int) -> Spectrum:
+    """Nearly the first `most` singular triplets, by subspace iteration from fixed random directions, in float32.
 
     Halko, Martinsson and Tropp 2011, algorithm 4.4. Where that is no saving, the exact ones.
     """
     import torch
 
-    wide = most + OVERSAMPLED
+    wide = most + max(most // OVERSAMPLED, 16)
     if 2 * wide >= min(matrix.shape):
-        return spectrum(matrix, most, floor=floor)
+        return spectrum(matrix, most)
+    size = matrix.abs().max()  # float32 holds no squares of very small deltas
+    coarse = (matrix / size).float()
     source = torch.Generator().manual_seed(0)
-    frame = torch.randn((matrix.shape[1], wide), generator=source, dtype=matrix.dtype).to(matrix.device)
+    frame = torch.randn((coarse.shape[1], wide), generator=source).to(matrix.device)
     for _ in range(TURNS):
-        frame = torch.linalg.qr(matrix.T @ (matrix @ torch.linalg.qr(frame)[0]))[0]
-    left, sizes, right = spectrum(matrix @ frame, most, floor=floor)
-    return Spectrum(left, sizes, right @ frame.T)
+        frame = torch.linalg.qr(coarse.T @ (coarse @ frame))[0]
+    left, sizes, right = spectrum((coarse @ frame).to(matrix.dtype), most)
+    return Spectrum(left, sizes * size, right @ frame.to(matrix.dtype).T)
 
 
 def orthonormal(frame: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ Bins = Annotated[int, Range(SMALLEST, LARGEST, search=(5, 20))]
 Share = Annotated[float, Range(0, 1, search=(0.1, 0.6))]
 Slope = Annotated[float, Range(0, search=(200, 600))]
 Sharpness = Annotated[float, Range(0, search=(1, 50))]
+Of = Literal["weights", "product", "factors"]
 LOOKUPS = {"global_signal": "none", "local_signal": "none"}
 
 
@@ -39,15 +40,20 @@ def graft_weights(
 
     Shapes: signals [models], gates [models, out, ...] -> [models, out, ...]; the weights of a channel sum to one.
     """
-    if normaliser == "c" and c == 0:
-        raise ValueError("normaliser c divides by c, and c is 0; give c a value above 0, or normaliser pi")
     arrays = importlib.import_module(type(gates).__module__.partition(".")[0])  # numpy or torch, as the gates are
-    others = (signals.sum() - signals) / max(len(signals) - 1, 1)
-    scale = a / (arrays.pi if normaliser == "pi" else c)
-    share = (0.5 + scale * arrays.arctan(c * (signals - others))).reshape(-1, *[1] * (gates.ndim - 1))
+    share = global_gate(signals, a=a, c=c, normaliser=normaliser).reshape(-1, *[1] * (gates.ndim - 1))
     strength = sharpness * share * (1 - arrays.exp(-share * gates))
     raised = arrays.exp(strength - arrays.amax(strength, axis=0, keepdims=True))
     return raised / raised.sum(axis=0, keepdims=True)
+
+
+def global_gate(signals: Any, *, a: float = 0.4, c: float = 500.0, normaliser: str = "pi") -> Any:
+    """Equation 4: how much each model counts by its signal, `1/2 + a/pi arctan(c (H_t - mean of the others' H))`."""
+    if normaliser == "c" and c == 0:
+        raise ValueError("normaliser c divides by c, and c is 0; give c a value above 0, or normaliser pi")
+    arrays = importlib.import_module(type(signals).__module__.partition(".")[0])
+    others = (signals.sum() - signals) / max(len(signals) - 1, 1)
+    return 0.5 + a / (arrays.pi if normaliser == "pi" else c) * arrays.arctan(c * (signals - others))
 
 
 def equal_gates(gates: Any) -> Any:
@@ -72,6 +78,21 @@ def _fused(flat: "Tensor", weights: "Tensor") -> "Tensor":
     return total
 
 
+def _graft_shares(
+    signals: Any, gates: Any, a: float, c: float, normaliser: str, local_signal: str, sharpness: float
+) -> Any:
+    chosen = gates if local_signal == "gates" else equal_gates(gates)
+    return graft_weights(signals, chosen, a=a, c=c, normaliser=normaliser, sharpness=sharpness)
+
+
+def _convex_shares(gates: Any, local_signal: str) -> Any:
+    return gates if local_signal == "gates" else equal_gates(gates)
+
+
+def _free_shares(gates: Any, scale: float, local_signal: str) -> Any:
+    return scale * _convex_shares(gates, local_signal)
+
+
 @method(
     source=SOURCE,
     grain="row",
@@ -80,6 +101,7 @@ def _fused(flat: "Tensor", weights: "Tensor") -> "Tensor":
     kernel="graftkit.methods.graft_kernels:graft",
     gates=("local", "weight"),
     lookups=LOOKUPS,
+    shares=_graft_shares,
 )
 def graft(
     models: "Tensor",
@@ -94,6 +116,7 @@ def graft(
     global_signal: Signal = "entropy",
     local_signal: Gates = "gates",
     sharpness: Sharpness = 1.0,
+    of: Of = "weights",
 ) -> "Tensor":
     """Fuse models channel by channel, by a learnt gate for each channel and an entropy gate for each matrix.
 
@@ -115,6 +138,9 @@ def graft(
         local_signal: `gates` reads them from the recipe's `gates:` file; `none`: l = 1/2, and no file is needed.
         sharpness: factor on what goes into the softmax; 1 is the paper's, 0 the mean of the models, and large values
             give each channel to one model.
+        of: H is that of the models' `weights`, or of their deltas (`product`: for adapters BA), beside which a common
+            base weighs nothing; `factors` fuses the adapters' A and B each by itself, B by the gates, A by the entropy
+            gate alone, into an adapter of their rank.
 
     Source: Graft (arXiv 2506.23940), section 3; a/pi as in its algorithm and in its ancestors' code.
 
@@ -122,7 +148,9 @@ def graft(
     which is there here. As published the weights stay within 0.41 and 0.59: no channel goes to one model;
     `sharpness` is ours. For more than two models the paper gives no formula; this one is symmetric and equals its own
     at two. Embeddings, heads, norms and biases, of which it does not speak, are averaged; a rule may give the first
-    two gates of their own. Entropies are numpy's (last bin closed) and in nats.
+    two gates of their own. Entropies are numpy's (last bin closed) and in nats. For adapters the paper fuses "LoRA
+    parameters": `of: factors`, which depends on how each adapter splits its delta (two that do the same may cancel);
+    the default fuses what adapters do.
 
     Use it when: two experts of one base are to be fused and there is data to learn or to solve gates from; without a
     gates file it is an average whose weights lean by entropy.
@@ -133,8 +161,7 @@ def graft(
         tensor([[2.5410, 1.1885],
                 [1.1352, 0.5410]])
     """
-    chosen = gates if local_signal == "gates" else equal_gates(gates)
-    return fuse(models, graft_weights(signals, chosen, a=a, c=c, normaliser=normaliser, sharpness=sharpness))
+    return fuse(models, _graft_shares(signals, gates, a, c, normaliser, local_signal, sharpness))
 
 
 @method(
@@ -145,6 +172,7 @@ def graft(
     kernel="graftkit.methods.graft_kernels:graft_convex",
     gates=("weight", "local"),
     lookups={"local_signal": "none"},
+    shares=_convex_shares,
 )
 def graft_convex(models: "Tensor", gates: "Tensor", *, local_signal: Gates = "gates") -> "Tensor":
     """Fuse models channel by channel, by stored weights that sum to one, as they are.
@@ -168,7 +196,7 @@ def graft_convex(models: "Tensor", gates: "Tensor", *, local_signal: Gates = "ga
         tensor([[3.0000, 0.5000],
                 [1.1250, 0.5000]])
     """
-    return fuse(models, gates if local_signal == "gates" else equal_gates(gates))
+    return fuse(models, _convex_shares(gates, local_signal))
 
 
 @method(
@@ -178,6 +206,7 @@ def graft_convex(models: "Tensor", gates: "Tensor", *, local_signal: Gates = "ga
     kernel="graftkit.methods.graft_kernels:graft_free",
     gates=("coefficient", "weight", "local"),
     lookups={"local_signal": "none"},
+    shares=_free_shares,
 )
 def graft_free(
     deltas: "Tensor",

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from graftkit.compiling import compiled
 from graftkit.methods.graft import equal_gates, graft_weights
-from graftkit.methods.kernels import JIT
 
 
 def graft(
@@ -22,9 +21,10 @@ def graft(
     global_signal: str,
     local_signal: str,
     sharpness: float,
+    of: str,
     out: np.ndarray,
 ) -> None:
-    """Twin of `graft.graft`; what `bins`, `last_bin` and `global_signal` say is in the signals already."""
+    """Twin of `graft.graft`; what `bins`, `last_bin`, `global_signal` and `of` say is in the signals already."""
     chosen = gates if local_signal == "gates" else equal_gates(gates)
     graft_convex(
         models,
@@ -51,7 +51,7 @@ def graft_free(deltas: np.ndarray, gates: np.ndarray, *, scale: float, local_sig
         _add(shaped, alpha, deltas.dtype.type(scale), out.reshape(rows, columns))
 
 
-@njit(**JIT)
+@compiled
 def _fuse(stack, weights, out):  # type: ignore[no-untyped-def]
     whole = weights.shape[2] == 1
     for i in range(out.shape[0]):
@@ -68,7 +68,7 @@ def _fuse(stack, weights, out):  # type: ignore[no-untyped-def]
                     row[j] += own[j] * (other[j] - first[j])
 
 
-@njit(**JIT)
+@compiled
 def _add(stack, alpha, scale, out):  # type: ignore[no-untyped-def]
     whole = alpha.shape[2] == 1
     for i in range(out.shape[0]):

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numba import njit
 
+from graftkit.compiling import compiled
 from graftkit.methods.competition import sce_weights
 from graftkit.methods.parts import deviation, spread
-from graftkit.methods.random import MULTIPLIERS, ROUNDS, WEYL, Keyed
+from graftkit.methods.random import MULTIPLIERS, WEYL, Keyed
 
-JIT: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
 CHUNK = 2048  # entries that an election handles at once: its accumulators stay in the first-level cache
 
 Value = float | Sequence[float]
@@ -91,7 +89,7 @@ def random_words(key: int, start: int, count: int) -> np.ndarray:
     """The random words `start` to `start + count` of a stream, uint32."""
     blocks, skip = (start % 4 + count + 3) // 4, start % 4
     words = np.empty(4 * blocks, np.uint32)
-    _philox_words(np.uint64(key), np.uint64(start // 4), blocks, words)
+    philox_words(np.uint64(key), np.uint64(start // 4), blocks, words)
     return words[skip : skip + count]
 
 
@@ -169,7 +167,7 @@ def _per_model(value: Value, stack: np.ndarray) -> np.ndarray:
     return spread(value, len(stack)).astype(stack.dtype)
 
 
-@njit(**JIT)
+@compiled
 def _weighted_sum(stack, factors, out):  # type: ignore[no-untyped-def]
     for i in range(out.size):
         out[i] = factors[0] * stack[0, i]
@@ -179,7 +177,7 @@ def _weighted_sum(stack, factors, out):  # type: ignore[no-untyped-def]
             out[i] += factor * stack[t, i]
 
 
-@njit(**JIT)
+@compiled
 def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no-untyped-def]
     total, share = np.empty(CHUNK, out.dtype), np.empty(CHUNK, out.dtype)
     for first in range(0, out.size, CHUNK):
@@ -197,7 +195,7 @@ def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no
         _divide(merged, share[:n], mean, scale)
 
 
-@njit(**JIT)
+@compiled
 def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
     for i in range(total.size):
         kept = deltas[i] * np.float32(np.float32(abs(deltas[i])) >= limit)  # a product, not a branch: it vectorises
@@ -205,14 +203,14 @@ def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
         total[i] += vote * kept
 
 
-@njit(**JIT)
+@compiled
 def _elect_signs(total):  # type: ignore[no-untyped-def]
     one = total.dtype.type(1)
     for i in range(total.size):
         total[i] = one if total[i] >= 0 else -one
 
 
-@njit(**JIT)
+@compiled
 def _add_agreeing(deltas, sign, side, weight, merged, share):  # type: ignore[no-untyped-def]
     for i in range(merged.size):
         factor = weight * np.float32(deltas[i] * (side * sign[i]) > 0)
@@ -220,7 +218,7 @@ def _add_agreeing(deltas, sign, side, weight, merged, share):  # type: ignore[no
         share[i] += factor
 
 
-@njit(**JIT)
+@compiled
 def _divide(merged, share, mean, scale):  # type: ignore[no-untyped-def]
     none, one = share.dtype.type(0), share.dtype.type(1)
     if mean:
@@ -231,18 +229,19 @@ def _divide(merged, share, mean, scale):  # type: ignore[no-untyped-def]
             merged[i] *= scale
 
 
-@njit(**JIT)
+@compiled
 def _drop(values, key, start, cut, factor):  # type: ignore[no-untyped-def]
     words = np.empty(CHUNK + 8, np.uint32)
     skip = np.int64(start % np.uint64(4))
     for first in range(0, values.size, CHUNK):
         part = values[first : first + CHUNK]
-        _philox_words(key, (start + np.uint64(first)) // np.uint64(4), (part.size + skip + 3) // 4, words)
-        _keep_below(part, words[skip : skip + part.size], cut, factor)
+        philox_words(key, (start + np.uint64(first)) // np.uint64(4), (part.size + skip + 3) // 4, words)
+        keep_below(part, words[skip : skip + part.size], cut, factor)
 
 
-@njit(**JIT)
-def _keep_below(values, words, cut, factor):  # type: ignore[no-untyped-def]
+@compiled
+def keep_below(values: np.ndarray, words: np.ndarray, cut: np.uint64, factor: float) -> None:
+    """Multiplies values whose random word lies below the cut by a factor, and the others by nothing."""
     highest = np.uint32(cut - np.uint64(1)) if cut > np.uint64(0) else np.uint32(0)
     factor = factor if cut > np.uint64(0) else factor - factor
     none = factor - factor
@@ -250,33 +249,38 @@ def _keep_below(values, words, cut, factor):  # type: ignore[no-untyped-def]
         values[i] *= factor if words[i] <= highest else none
 
 
-@njit(**JIT)
+@compiled
 def _round(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     p0, p1 = np.uint64(MULTIPLIERS[0]) * (c0 & mask), np.uint64(MULTIPLIERS[1]) * (c2 & mask)  # 32 x 32 bits: cheap
     return (p1 >> half) ^ c1 ^ k0, p1 & mask, (p0 >> half) ^ c3 ^ k1, p0 & mask
 
 
-@njit(**JIT)
-def _philox_words(key, first, blocks, words):  # type: ignore[no-untyped-def]
+@compiled
+def _keyed_round(c0, c1, c2, c3, key, r):  # type: ignore[no-untyped-def]
     mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
-    k0, k1 = np.empty(ROUNDS, np.uint64), np.empty(ROUNDS, np.uint64)
-    for r in range(ROUNDS):
-        k0[r] = ((key & mask) + np.uint64(r) * np.uint64(WEYL[0])) & mask
-        k1[r] = ((key >> half) + np.uint64(r) * np.uint64(WEYL[1])) & mask
+    k0 = ((key & mask) + np.uint64(r) * np.uint64(WEYL[0])) & mask
+    k1 = ((key >> half) + np.uint64(r) * np.uint64(WEYL[1])) & mask
+    return _round(c0, c1, c2, c3, k0, k1)
+
+
+@compiled
+def philox_words(key: np.uint64, first: np.uint64, blocks: int, words: np.ndarray) -> None:
+    """Random words of the blocks from `first` on, four for each."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     for b in range(blocks):
         counter = first + np.uint64(b)
         c0, c1, c2, c3 = counter & mask, counter >> half, np.uint64(0), np.uint64(0)
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[0], k1[0])  # written out: only then are blocks vectorised
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[1], k1[1])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[2], k1[2])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[3], k1[3])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[4], k1[4])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[5], k1[5])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[6], k1[6])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[7], k1[7])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[8], k1[8])
-        c0, c1, c2, c3 = _round(c0, c1, c2, c3, k0[9], k1[9])
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 0)  # written out: only then are blocks vectorised
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 1)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 2)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 3)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 4)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 5)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 6)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 7)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 8)
+        c0, c1, c2, c3 = _keyed_round(c0, c1, c2, c3, key, 9)
         words[4 * b] = np.uint32(c0)
         words[4 * b + 1] = np.uint32(c1)
         words[4 * b + 2] = np.uint32(c2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
-from graftkit.methods.kernels import JIT, drop
+from graftkit.compiling import compiled
+from graftkit.methods.kernels import drop
 from graftkit.methods.random import Keyed
 
 Value = float | Sequence[float]
@@ -31,7 +31,7 @@ def breadcrumbs(deltas: np.ndarray, band: np.ndarray, *, density: Value, outlier
         _keep(row, low, high)
 
 
-@njit(**JIT)
+@compiled
 def _keep(values, low, high):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         size = np.float32(abs(values[i]))

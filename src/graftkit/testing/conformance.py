@@ -115,7 +115,8 @@ class MethodConformance:
         if self._method.needs_base or not self._method.uses_base:
             pytest.skip("needs its base" if self._method.needs_base else "looks at no base")
         sample = self._sample((4, 6))
-        alone = self._method.run(models=sample.models, rng=sample.rng, **self.knobs)
+        measured = evaluation.of_examples(self._method, sample, self.knobs)
+        alone = self._method.run(models=sample.models, rng=sample.rng, **self.knobs, **measured)
         self._assert_close(alone, self._run(replace(sample, base=sample.base * 0)), "a base of zero is not no base")
 
     def test_permuting_models_changes_nothing(self) -> None:

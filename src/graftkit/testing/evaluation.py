@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,14 @@ def inputs(method: Method, sample: Sample, knobs: Mapping[str, Any]) -> dict[str
     """Everything that a method may read, by name, with the statistics of the whole tensor."""
     given = {"base": sample.base, "models": sample.models, "deltas": sample.models - sample.base, "rng": sample.rng}
     given |= {"shape": tuple(sample.base.shape), "gates": samples.gates(sample)}
+    given |= of_examples(method, sample, knobs)
     return {**given, **method.measured(given, settings(method, knobs))}
+
+
+def of_examples(method: Method, sample: Sample, knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The statistics of examples that a method reads, by name."""
+    turned = knobs.get("inputs") == "rows"
+    return {name: samples.of_examples(name, sample, turned) for name in method.measured_with_examples}
 
 
 def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -36,7 +43,8 @@ def block(given: Mapping[str, Any], start: int, stop: int, row: tuple[int, ...] 
     base = given["base"].reshape(-1)[start:stop].reshape(shape)
     stacks = {
         name: given[name].reshape(given[name].shape[0], -1)[:, start:stop].reshape(given[name].shape[0], *shape)
-        for name in ("models", "deltas")
+        for name in ("models", "deltas", "fisher")
+        if name in given
     }
     width = math.prod(row)
     rows = {name: given[name][:, start // width : -(-stop // width)] for name in BY_ROWS if row and name in given}
@@ -86,10 +94,18 @@ def through_files(
             {name: value.contiguous() for name, value in weights.items()}, directory / model / "model.safetensors"
         )
     models = [str(directory / model) for model in held if model != "base"]
-    recipe = {"method": method.name, "models": models, "knobs": dict(knobs)}
+    recipe: dict[str, Any] = {"method": method.name, "models": models, "knobs": dict(knobs)}
     if method.gates and method.settings(knobs).get("local_signal") != "none":
         recipe["gates"] = _gates_file(method, directory, tensors, models)
-    made = plan(recipe | ({"base": str(directory / "base")} if with_base else {}))
+    recipe |= {"base": str(directory / "base")} if with_base else {}
+    if method.measured_with_examples:
+        beside = [{"model": model, "data": f"{k}.jsonl"} for k, model in enumerate(models)]
+        recipe |= {"models": beside, "statistics": str(directory / "statistics")}
+        found = {name: of_examples(method, one, knobs) for name, one in tensors.items()}
+        for kind in method.measured_with_examples:
+            values = [{name: of[kind][k].float().numpy() for name, of in found.items()} for k in range(count)]
+            write_examples(recipe, kind, values)
+    made = plan(recipe)
     execute(made, directory / "out", workers=1)
     merged = load_file(directory / "out" / "model.safetensors")
     return {step.name: (merged[step.name], Keyed(step.keys)) for step in made.steps}
@@ -104,6 +120,17 @@ def _gates_file(method: Method, directory: Path, tensors: Mapping[str, Sample], 
     prints = [open_checkpoint(Path(model)).fingerprint() for model in models]
     write_gates(directory / "gates.safetensors", values, kind=method.gates[0], models=prints)
     return str(directory / "gates.safetensors")
+
+
+def write_examples(recipe: Mapping[str, Any], kind: str, values: Sequence[Mapping[str, np.ndarray]]) -> None:
+    """Writes statistics of examples of a recipe's models, one mapping a model, as if they had been measured."""
+    from graftkit.checkpoints.statistics import write_statistics
+    from graftkit.recipes.plan import plan
+    from graftkit.recipes.statistics import directory_of, wanted
+
+    made = plan(recipe, without_gates=True, without_statistics=True)
+    for k, (about, own) in enumerate(zip(wanted(made)[kind], values, strict=True)):
+        write_statistics(directory_of(made.recipe) / f"{k}.{kind}.safetensors", about, own)
 
 
 def _flat(name: str, value: Any) -> Any:

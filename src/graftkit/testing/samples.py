@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,27 @@ def gates(sample: Sample) -> Tensor:
     source = torch.Generator().manual_seed(sample.base.shape[0])
     drawn = torch.rand((sample.count, sample.base.shape[0], 1), generator=source) + 0.1
     return (drawn / drawn.sum(dim=0)).to(sample.base.dtype)
+
+
+def of_examples(name: str, sample: Sample, turned: bool = False) -> Tensor:
+    """A statistic of examples, float64 of float32 numbers, the same for a model wherever it stands: by its weights.
+
+    `turned`: of matrices kept as [in, out].
+    """
+    import torch
+
+    shape = tuple(sample.base.shape)
+    width = (shape[0] if turned else shape[1]) if len(shape) == 2 else 1
+    drawn = []
+    for model in sample.models.detach().float():
+        content = hashlib.blake2b(model.numpy().tobytes(), digest_size=6).digest()
+        source = torch.Generator().manual_seed(int.from_bytes(content, "little"))
+        if name == "fisher":
+            drawn.append(torch.randn(model.numel(), generator=source).double().square().reshape(shape))
+        else:
+            inputs = torch.randn((3 * width, width), generator=source).double()
+            drawn.append(inputs.T @ inputs / max(len(inputs), 1))
+    return torch.stack(drawn).float().double()
 
 
 def counts(method: Method, most: int = 5) -> list[int]:

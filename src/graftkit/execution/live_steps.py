@@ -1,0 +1,216 @@
+"""The steps of a live merge: from inputs that stay straight into parameters, on all workers.
+
+What no weight changes (thresholds of a density, norms, dots) is found once and kept for the next merge.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from graftkit import methods
+from graftkit.checkpoints import storage
+from graftkit.checkpoints.headers import ITEMSIZE
+from graftkit.errors import CheckpointError
+from graftkit.execution import coefficients, gating, measured, reductions, sums
+from graftkit.execution.aligning import places
+from graftkit.execution.apply import apply, numbers_of
+from graftkit.execution.blending import fused_of
+from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
+from graftkit.execution.casting import Tally, cast
+from graftkit.execution.finishing import Block, finished
+from graftkit.execution.module import tensor_of
+from graftkit.execution.preparing import opened
+from graftkit.execution.reductions import Threshold
+from graftkit.recipes.plan import Plan
+from graftkit.recipes.steps import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+UNMEASURED = ("weight", "scale", "t", "take")
+"""Knobs on which no statistic depends."""
+
+Target = Callable[[Step], "Tensor | None"]
+"""The tensor that a step's result is written into, whole; None for one that has no place."""
+
+
+class LiveSteps:
+    """Carries out plans, one after another, and remembers their statistics."""
+
+    def __init__(self, workers: int) -> None:
+        self._local, self._pool = threading.local(), ThreadPoolExecutor(workers, thread_name_prefix="live")
+        self._statistics: dict[str, dict[str, Any]] = {}
+        self._thresholds: dict[str, Threshold] = {}
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
+
+    def carry_out(self, planned: Plan, target: Target) -> Plan:
+        """Writes every step's result; returns the plan with numbers in place of rules."""
+        planned = coefficients.resolved(planned, self._coefficients(planned))
+        known: dict[str, Threshold] = {}
+        for group in reductions.groups_of(planned.steps):
+            known[group.name] = self._threshold(group, planned, known)
+        self._each(lambda step: self._write(step, planned, known, target(step)), planned.steps)
+        return planned
+
+    @property
+    def _space(self) -> Workspace:
+        """This thread's scratch."""
+        if not hasattr(self._local, "space"):
+            self._local.space = Workspace()
+            _one_thread()
+        return self._local.space  # type: ignore[no-any-return]
+
+    def _each(self, work: Callable[[Step], Any], steps: Any) -> list[Any]:
+        """Does something for every step on all workers, the largest first; the first error is raised."""
+        futures = [self._pool.submit(work, step) for step in sorted(steps, key=lambda step: -step.elements)]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    def _coefficients(self, planned: Plan) -> coefficients.Found:
+        """The numbers of rules such as `{from: metagpt}`."""
+        steps = coefficients.users(planned.steps)
+        squares = self._each(lambda s: (s.key, coefficients.squares(s, planned.sources, self._space)), steps)
+        return coefficients.found(steps, dict(squares), len(planned.recipe.models)) if steps else {}
+
+    def _threshold(self, group: reductions.Group, planned: Plan, known: Mapping[str, Threshold]) -> Threshold:
+        """A threshold over the model; found once for its steps, their inputs, and what was done to these before."""
+        before = [_prepared(step, known, group.level) for step in group.steps]
+        key = repr((group.density, [_inputs(step, planned) for step in group.steps], before))
+        if key not in self._thresholds:
+            self._thresholds[key] = reductions.select(
+                group.steps,
+                group.density,
+                lambda step, space: opened(step, planned.sources, space, known, group.level)[0],
+                Workspace(),
+                lambda work, steps: self._each(lambda step: work(step, self._space), steps),
+            )
+        return self._thresholds[key]
+
+    def _measured(self, step: Step, planned: Plan, reader: Reader, known: Mapping[str, Threshold]) -> dict[str, Any]:
+        """What the method reads beside blocks."""
+        method = methods.get(step.method)
+        if not method.statistics:
+            return {}
+        knobs = {name: value for name, value in step.knobs.items() if name not in UNMEASURED}
+        threshold = known.get(step.group)
+        shared = None if threshold is None else threshold.values.tolist()
+        key = repr((step.key, step.method, knobs, shared, step.keys, _inputs(step, planned), _prepared(step, known)))
+        if key not in self._statistics:
+            found, _ = reductions.statistics_of(method, step.knobs, reader, threshold)
+            if not all(isinstance(value, np.ndarray) for value in found.values()):
+                return found  # what is read by rows reads through this thread's scratch
+            self._statistics[key] = found
+        return dict(self._statistics[key])
+
+    def _write(self, step: Step, planned: Plan, known: Mapping[str, Threshold], target: Tensor | None) -> None:
+        """One step's result into its parameter."""
+        if target is None:
+            return
+        place = Place(step, target)
+        if not step.method:
+            return _copy(step, planned, place, self._space)
+        method = methods.get(step.method)
+        reader, _ = opened(step, planned.sources, self._space, known)
+        found = self._measured(step, planned, reader, known) | gating.read(method, step, planned.gates)
+        found |= measured.read(step, planned.statistics, reader)
+        found |= numbers_of(method, found, step.knobs, len(step.models))
+        if method.factors:
+            direct, view = sums.sum_of(method, found["factors"], reader), place.view
+            if direct and view is not None and sums.write(step, direct, view, self._space):
+                return None
+        merged, tally = finished(partial(_merged, reader, found), reader, "cpu"), Tally()
+        fused = fused_of(method, found, reader)
+        for start, stop in cuts(step):
+            if fused:
+                place.put(start, stop, fused.block(start, stop, tally))
+                continue
+            result, base, is_delta = merged(start, stop)
+            raw = cast(result, base, is_delta, step.dtype, tally, self._space, f"tensor {step.name!r}")
+            place.put(start, stop, raw)
+        return None
+
+
+def _inputs(step: Step, planned: Plan) -> Any:
+    """What a step reads, by content."""
+    return step.key, [(planned.sources[part.source].fingerprint, part) for part in (step.base, *step.models) if part]
+
+
+def _prepared(step: Step, known: Mapping[str, Threshold], upto: int | None = None) -> Any:
+    """What is done to a step's deltas first."""
+    shared = {applied.group: known[applied.group].values.tolist() for applied in step.prepare[:upto] if applied.group}
+    return [(applied.name, dict(applied.knobs), applied.keys) for applied in step.prepare[:upto]], shared
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _merged(reader: Reader, statistics: dict[str, Any], start: int, stop: int) -> Block:
+    """The method's result for elements `[start, stop)` of a tensor."""
+    step, method = reader.step, methods.get(reader.step.method)
+    given = inputs_of(method, reader, start, stop, statistics)
+    result = apply(method, given, step.knobs, block_shape(step, start, stop), "cpu", reader.space)
+    return result, given["base"], method.returns_delta and given["base"] is not None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter, as a step fills it."""
+
+    step: Step
+    target: Tensor
+
+    @property
+    def view(self) -> np.ndarray | None:
+        """Its memory, where a sum can be written right into it: float32, or the bits of bfloat16."""
+        import torch
+
+        whole = self.target.device.type == "cpu" and self.step.rows is None
+        flat = self.target.detach().reshape(-1)
+        if whole and flat.dtype == torch.float32:
+            return flat.numpy()  # type: ignore[no-any-return]
+        return flat.view(torch.uint16).numpy() if whole and flat.dtype == torch.bfloat16 else None
+
+    def put(self, start: int, stop: int, raw: np.ndarray) -> None:
+        """Elements `[start, stop)` of the step, as bytes of its dtype."""
+        flat = self.target.detach().view(-1)
+        for first, begin, end in places(self.step, start, stop):
+            values = tensor_of(raw[begin:end], self.step.dtype)
+            flat[first : first + (end - begin) // ITEMSIZE[self.step.dtype]].copy_(values)
+
+
+def _copy(step: Step, planned: Plan, place: Place, space: Workspace) -> None:
+    """A tensor that is taken over; refuses integers that differ."""
+    assert step.base is not None
+    feed, *twins = (open_feed(part, planned.sources, np.float64) for part in (step.base, *step.models))
+    assert feed.info is not None
+    dtype, tally = feed.info.dtype, Tally()
+    for start, stop in cuts(step):
+        raw = feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
+        if not storage.finite(raw, dtype):
+            raise non_finite(feed.label, feed.info)
+        for twin in twins:
+            if not np.array_equal(raw, twin.raw(start, stop, space.take("twin", (stop - start) * 8, np.uint8))):
+                raise CheckpointError(
+                    f"{twin.label}: {step.name!r} differs from {feed.label}'s; integers are not merged"
+                )
+        if dtype != step.dtype:
+            wide = storage.as_float(raw, dtype, storage.STORAGE[step.compute])
+            raw = cast(wide, wide, False, step.dtype, tally, space, f"tensor {step.name!r}")
+        place.put(start, stop, raw)
