@@ -76,11 +76,16 @@ def test_a_pages_example_prints_what_it_says(name: str, method: Method) -> None:
     assert doctest.DocTestRunner().run(example, out=report.append).failed == 0, "".join(report)
 
 
+def of_factors(method: Method) -> bool:
+    """Whether it merges factors of adapters unless told otherwise."""
+    return "of" in method.knobs and method.knobs["of"].default == "factors"
+
+
 @each_method
 def test_a_pages_recipe_merges(name: str, method: Method, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every default written out, it does what the bare name does."""
     tiny.family(tmp_path)
-    if "of" in method.knobs:
+    if of_factors(method) or "core_gram" in method.reads:
         for seed, adapter in enumerate(("math", "code")):
             shutil.rmtree(tmp_path / adapter)
             tiny.adapter(tmp_path / adapter, seed)
@@ -88,6 +93,8 @@ def test_a_pages_recipe_merges(name: str, method: Method, tmp_path: Path, monkey
         tiny.gates(tmp_path / "gates.safetensors", method.gates[0], tmp_path / "math", tmp_path / "code")
     monkeypatch.chdir(tmp_path)
     told = yaml.safe_load(pages.recipe(method))
+    for kind in method.measured_with_examples:
+        tiny.statistics(told, kind)
     graftkit.merge(told, "out")
     bare = {key: value for key, value in told.items() if key != "knobs"}
     for kind in {"prepare", "finish"} & set(bare):
@@ -114,19 +121,23 @@ def test_a_page_counts_the_passes_over_the_inputs(
     name: str, method: Method, sizes: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one of the models; samples of a few blocks come on top, and are less than a pass."""
-    root = sizes[bool({"threshold", "band"} & set(method.reads))]
+    root = sizes[bool({"threshold", "band", "signals"} & set(method.reads))]
     told, read, counts = yaml.safe_load(pages.recipe(method)), Checkpoint.read, []
 
     def counted(source: Checkpoint, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         counts.append((stop - start) * (source.directory.name == "math"))
         return read(source, tensor, start, stop, buffer)
 
-    if "of" in method.knobs:
+    if of_factors(method):
         told |= {"knobs": {"of": "product"}, "output": {}}
     if method.gates:
         tiny.gates(root / "gates.safetensors", method.gates[0], root / "math", root / "code")
-    monkeypatch.setattr(Checkpoint, "read", counted)
+    if "core_gram" in method.reads:
+        pytest.skip("of adapters, which hold no tensor of the base")
     monkeypatch.chdir(root)
+    for kind in method.measured_with_examples:
+        tiny.statistics(told, kind)
+    monkeypatch.setattr(Checkpoint, "read", counted)
     graftkit.merge(told, tmp_path / "out", workers=1)
     elements = sum(tensor.elements for tensor in open_checkpoint(root / "math").tensors.values())
     assert sum(counts) // elements == pages.passes(method) + isinstance(method, Part)  # beside the merge's own

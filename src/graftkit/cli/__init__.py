@@ -59,6 +59,13 @@ app.add_typer(gates.app, name="gates")
 app.command("report")(report.report)
 
 
+_FULL = "the disk is full; free some room"
+_OUTSIDE = {errno.ENOSPC: _FULL, errno.EDQUOT: _FULL} | dict.fromkeys(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO), ""
+)
+"""Errors of the operating system that are no bugs of ours, and what to say of them besides its own words."""
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"graftkit {__version__}")
@@ -84,9 +91,10 @@ def main() -> None:
         typer.echo(f"graft: {error}", err=True)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _OUTSIDE:
             raise
-        typer.echo(f"graft: {error.filename or 'the output'}: the disk is full; free some room", err=True)
+        reason = _OUTSIDE[error.errno] or error.strerror
+        typer.echo(f"graft: {str(error.filename or 'the output')[:200]}: {reason}", err=True)
         sys.exit(2)
     except KeyboardInterrupt:
         typer.echo("graft: interrupted; what was finished is kept, the same command goes on from there", err=True)

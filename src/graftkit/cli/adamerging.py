@@ -30,7 +30,7 @@ def adamerging(
     batch: Annotated[int, typer.Option(min=1, help="Examples of each domain in a step.")] = 4,
     clip: Annotated[bool, typer.Option(help="Keep coefficients within 0 and 1.")] = True,
     samples: Annotated[int, typer.Option(min=1, help="Examples of each domain, at most.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the order of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the examples.")] = 0,
     device: Annotated[str | None, typer.Option(help="Where the model runs; cuda where there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,

@@ -61,7 +61,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Write the evaluation as JSON, every item included.")] = None,
     subtasks: Annotated[bool, typer.Option("--subtasks", help="Print a table of subtasks for each task.")] = False,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Read and keep scores of items by content.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     device: Annotated[Name, typer.Option(help="cpu or cuda; cuda where there is one.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the evaluation as JSON.")] = False,

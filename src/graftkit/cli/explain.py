@@ -40,6 +40,10 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
     from graftkit.cli.console import count_of, size_of
 
     out = told["output"]
+    if made.backbone:
+        from graftkit.recipes.explain import as_yaml
+
+        typer.echo("the recipe, written out:\n" + "".join(f"  {line}\n" for line in as_yaml(made.recipe).splitlines()))
     typer.echo(f"plan {told['hash']}")
     typer.echo(
         f"output: {_form(out)}{count_of(out['parameters'])} parameters as {', '.join(out['dtypes'])}, "
@@ -53,6 +57,8 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
         typer.echo(f"  {source['role']:6} {source['kind']:10} {source['source']}  ({source['directory']})")
     if "gates" in told:
         typer.echo("  gates  {kind}, one a {granularity}, {matrices} matrices  ({file})".format(**told["gates"]))
+    for held in told.get("statistics", []):
+        typer.echo("  {kind} {form}, {samples} examples of {examples}, {tokens} tokens  ({file})".format(**held))
     for group in told["groups"]:
         knobs = _knobs(group["knobs"])
         typer.echo(
@@ -67,6 +73,8 @@ def _print(made: Plan, told: dict[str, Any]) -> None:
             typer.echo(f"    then {applied['name']}: {_knobs(applied['knobs'])}")
     if "vocabulary" in told:
         _print_vocabulary(told["vocabulary"])
+    if "backbone" in told:
+        _print_backbone(told["backbone"])
     for note in told["notes"]:
         typer.echo(f"note: {note}")
     for step in told.get("tensors", []):
@@ -87,6 +95,38 @@ def _print_vocabulary(told: dict[str, Any]) -> None:
             typer.echo(f"    {kind['kind']}{whose}: {len(kind['rows'])}{shown}")
     for name, tokens in told["left_out"].items():
         typer.echo(f"  left out of {name}: {len(tokens)}{_some(tokens)}")
+
+
+def _print_backbone(told: dict[str, Any]) -> None:
+    from graftkit.recipes.mapping import shifts
+
+    typer.echo(f"backbone of {told['like']}: {told['stack']}*")
+    typer.echo(f"  mapped: {_groups_of(told['mapped'])}")
+    typer.echo(f"  kept as the VLM has it: {_groups_of(told['kept'])}")
+    for tensor in told["rows"]:
+        typer.echo(f"  {tensor['name']}: {tensor['shared']} rows of shared tokens mapped, {tensor['kept']} kept")
+    for model in told["models"]:
+        typer.echo(f"  {model['role']} {model['source']}: {', '.join(_of_model(model, shifts(model['layers'])))}")
+    for kin in told["ancestry"]:
+        typer.echo(
+            "  ancestry of {source} and {of}: median cosine {cosine:.3f} (lowest {lowest:.3f}; refused below {least}), "
+            "distance {distance:.3f}; {matrices} matrices, {values} values".format(**kin)
+        )
+
+
+def _of_model(model: dict[str, Any], shifted: str) -> list[str]:
+    """What is to be said of a model's part in a backbone."""
+    layers = f"{len(model['layers'])} layers of {model['stack']}*" if model["layers"] else model["kind"]
+    found = [layers, *([f"layers {shifted}"] if shifted else [])]
+    found += [f"{model['fused']} tensors kept fused by one and apart by the other"] if model["fused"] else []
+    unused = ", ".join(f"{g['group']} ({g['tensors']})" if g["tensors"] > 1 else g["group"] for g in model["unused"])
+    return [*found, f"unmapped: {unused}" if unused else "nothing unmapped"]
+
+
+def _groups_of(groups: list[dict[str, Any]]) -> str:
+    from graftkit.cli.console import count_of
+
+    return "; ".join(f"{g['group']} {g['tensors']} ({count_of(g['parameters'])})" for g in groups) or "nothing"
 
 
 def _some(tokens: list[str]) -> str:

@@ -40,14 +40,19 @@ def inspect(
     from graftkit.cli import console
     from graftkit.measuring.inspection import inspect as measure
 
+    models, gates = _gates(models, tensors)
+    if not models:
+        console.print_json([table.to_dict() for table in gates]) if json else list(map(console.print_table, gates))
+        return
     with console.progress("entries") as bar:
         found = measure(models, base, workers or os.cpu_count() or 1, bar, allow_pickle=allow_pickle)
     shared = _shared(found)
     if json:
         told = found.to_dict(tensors=tensors) | {"meaning": meaning(found)}
+        told |= {"gates": [table.to_dict() for table in gates]} if gates else {}
         console.print_json(told | ({"subspaces": [pair.to_dict() for pair in shared]} if shared else {}))
         return
-    for table in (*_tables(found, tensors), *_directions(shared, tensors)):
+    for table in (*_tables(found, tensors), *_directions(shared, tensors), *gates):
         console.print_table(table)
     for line in filter(None, map(_adapter, found.models)):
         typer.echo(line)
@@ -56,6 +61,26 @@ def inspect(
     typer.echo(meaning(found))
     for pair in shared:
         typer.echo(pair.verdict)
+
+
+def _gates(given: Sequence[str], tensors: bool) -> tuple[list[str], list[Table]]:
+    """What of the arguments are models, and tables of the gates in the others, and of those that merges went by."""
+    from pathlib import Path
+
+    from graftkit.checkpoints.gates import is_gates, open_gates
+
+    models = [place for place in given if not is_gates(place)]
+    if len(models) == len(given) and not any((Path(place) / "graft.json").is_file() for place in models):
+        return models, []
+    from graftkit.checkpoints.sources import read_json
+    from graftkit.reporting import gates, records
+
+    found: list[Any] = [gates.file_table(open_gates(Path(place)), tensors) for place in given if is_gates(place)]
+    merges = [Path(place) for place in models if (Path(place) / "graft.json").is_file()]
+    for place in merges:
+        record = records.read(read_json(place / "graft.json"), str(place))
+        found.append(gates.gates_table(place.name, record, tensors))
+    return models, [table for table in found if table is not None]
 
 
 def _shared(found: Inspection) -> tuple[Subspaces, ...]:

@@ -36,7 +36,7 @@ def subsample(
     column: Annotated[
         list[str] | None, typer.Option(help="A column of another name: prompt=question. May be repeated.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the clustering and the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Of the clustering and the samples.")] = 0,
     picture: Annotated[bool, typer.Option(help="Draw landscape.svg and landscape.png.")] = True,
     json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
@@ -47,16 +47,18 @@ def subsample(
 
     if embedder != "wordllama":
         console.quiet_libraries(None)  # this loads torch
+    drawn: list[Path] = []
+
+    def draw(made: Subsample, directory: Path) -> None:
+        from graftkit.reporting.landscape import draw_landscape
+
+        drawn.extend(out / path.name for path in draw_landscape(made, directory, seed))
+
     with console.progress("work") as bar:
         made = choose(
             data, out, count, method=method, clusters=_range(clusters), embed=embedder, duplicates=duplicates,
-            columns=_columns(column or []), seed=seed, progress=bar,
+            columns=_columns(column or []), seed=seed, progress=bar, draw=draw if picture else None,
         )  # fmt: skip
-    drawn: tuple[Path, ...] = ()
-    if picture:
-        from graftkit.reporting.landscape import draw_landscape
-
-        drawn = draw_landscape(made, out, seed)
     if json:
         import json as reader
 
@@ -98,7 +100,7 @@ def _table(made: Subsample) -> Table:
     return Table(tuple(columns), tuple(rows))
 
 
-def _lines(made: Subsample, drawn: tuple[Path, ...]) -> list[str]:
+def _lines(made: Subsample, drawn: list[Path]) -> list[str]:
     total, clusters = len(made.records.vectors), made.clusters
     chosen = f"{made.file}: {len(made.chosen)} of {total} records"
     passed = f", {len(made.refused)} near duplicates passed over" if len(made.refused) else ""

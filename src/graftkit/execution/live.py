@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from graftkit.errors import PlanError
+from graftkit.errors import GraftError, PlanError, unknown
 from graftkit.execution import local, module
 from graftkit.execution.live_steps import LiveSteps
 from graftkit.execution.resident import renamed, resident
@@ -75,6 +75,8 @@ class Live:
         if planned.recipe.output.as_ == "adapter":
             raise PlanError("recipe.output: a live merge needs a whole model; leave out `as: adapter`")
         local.check_device(device)
+        if dtype not in DTYPES:
+            raise GraftError(f"--dtype: {unknown('dtype', dtype, DTYPES)}")
         return cls(planned, dtype, device, workers or os.cpu_count() or 1)
 
     def __enter__(self) -> Live:

@@ -98,7 +98,10 @@ def reader(source: str | Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0].rstrip(":")
+        raise CheckpointError(
+            f"{source}: no tokenizer that transformers reads; copy that of its base there ({reason})"
+        ) from error
 
 
 def class_of(config: Any) -> Any:

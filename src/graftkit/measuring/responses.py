@@ -7,12 +7,11 @@ added up while the model runs; activations are not kept, and no matrix as large 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from graftkit.errors import PlanError
+from graftkit.measuring.activations import Listener, linear_layers, run
 from graftkit.measuring.encoding import Row
 
 if TYPE_CHECKING:
@@ -72,69 +71,18 @@ def measure(
 
     Raises PlanError for a matrix that is no linear layer's weight in the live model.
     """
-    import torch
-
-    from graftkit.measuring.scoring import batches
-
-    device = next(model.parameters()).device
-    held = {name: _empty(own, module) for name, own, module in _modules(model, deltas)}
-    mask = torch.zeros(0, dtype=torch.bool)
-    hooked = [(module, held[name]) for name, _, module in _modules(model, deltas)]
-    with torch.inference_mode(), _listening(hooked, lambda: mask):
-        for batch in batches(rows, batch_tokens):
-            ids, mask = _padded(batch)
-            mask = mask.to(device)
-            model(input_ids=ids.to(device), attention_mask=mask.long(), use_cache=False, logits_to_keep=1)
-            advance(len(batch))
+    layers = linear_layers(model, deltas, what=_NO_GATES)
+    held = {name: _empty(deltas[name], module) for name, module in layers.items()}
+    listeners = [Listener(module, inputs=held[name].add) for name, module in layers.items()]
+    run(model, rows, listeners, batch_tokens=batch_tokens, advance=advance)
     return {name: moments.mean() for name, moments in held.items()}
 
 
-def _empty(deltas: list[Delta], module: Any) -> Moments:
+_NO_GATES = "so there are no gates to solve for it; add a rule with `knobs: {local_signal: none}` for it"
+
+
+def _empty(deltas: Sequence[Delta], module: Any) -> Moments:
     import torch
 
     shape = (len(deltas), len(deltas), module.out_features)
     return Moments(deltas, torch.zeros(shape, dtype=torch.float64, device=module.weight.device))
-
-
-def _modules(model: Any, deltas: dict[str, list[Delta]]) -> Iterator[tuple[str, list[Delta], Any]]:
-    """Each matrix with the linear layer whose weight it is, under its own name or with `model.` before or not."""
-    import torch
-
-    found = dict(model.named_modules())
-    for name, own in deltas.items():
-        path = name.removesuffix(".weight")
-        module = next((found[p] for p in (path, f"model.{path}", path.removeprefix("model.")) if p in found), None)
-        if not isinstance(module, torch.nn.Linear):
-            raise PlanError(
-                f"{name!r} is not the weight of a linear layer of the live model, so there are no gates to solve for "
-                "it; add a rule with `knobs: {local_signal: none}` for it"
-            )
-        yield name, own, module
-
-
-@contextmanager
-def _listening(hooked: Sequence[tuple[Any, Moments]], mask: Callable[[], Tensor]) -> Iterator[None]:
-    """Lets moments hear what their layers get, less the padding."""
-
-    def hear(moments: Moments) -> Callable[..., None]:
-        return lambda module, inputs: moments.add(inputs[0].reshape(-1, inputs[0].shape[-1])[mask().reshape(-1)])
-
-    handles = [module.register_forward_pre_hook(hear(moments)) for module, moments in hooked]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _padded(batch: Sequence[Row]) -> tuple[Tensor, Tensor]:
-    """Token ids, padded on the right, and which are real: [rows, length] each."""
-    import torch
-
-    texts = [row.layout()[0] for row in batch]
-    ids = torch.zeros((len(texts), max(map(len, texts))), dtype=torch.long)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for k, text in enumerate(texts):
-        ids[k, : len(text)] = torch.tensor(text)
-        mask[k, : len(text)] = True
-    return ids, mask
