@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FORMAT = "graftkit gates 1"
 KINDS = ("local", "weight", "coefficient")
 GRANULARITIES = ("channel", "block", "element")
+OWN = ("format", "kind", "granularity", "size", "base", "models")
 SUM = 1e-3  # by how much gates that sum to one may miss it: files may have been through a narrower dtype
 
 
@@ -44,6 +45,7 @@ class Gates:
     base: str
     tensors: Mapping[str, TensorInfo]
     digest: str
+    about: Mapping[str, str]
     _store: Checkpoint = field(repr=False, compare=False)
 
     def shape_for(self, shape: Sequence[int]) -> tuple[int, ...]:
@@ -72,9 +74,22 @@ class Gates:
         across = np.arange(columns) // self.size if wide > 1 else np.zeros(1, np.int64)
         return found[:, places][:, :, across].astype(np.float64)
 
+    def values(self, name: str) -> np.ndarray:
+        """All gates of a matrix as the file has them, float64 [models, out] or [models, out/size, in/size]."""
+        info = self.tensors[name]
+        across = info.shape[2] if len(info.shape) > 2 else 1  # blocks of size 1: one value for each
+        blocks = replace(self, size=1).rows(name, across, 0, info.shape[1])
+        return blocks.reshape(info.shape)
+
     def close(self) -> None:
         """Closes the file; reading opens it again."""
         self._store.close()
+
+
+def is_gates(place: str | Path) -> bool:
+    """Whether a path is a file of gates."""
+    path = Path(place)
+    return path.suffix == ".safetensors" and path.is_file() and read_header(path)[1].get("format") == FORMAT
 
 
 def open_gates(file: Path) -> Gates:
@@ -98,7 +113,8 @@ def open_gates(file: Path) -> Gates:
             )
     return Gates(
         file, told["kind"], told["granularity"], max(size, 1), tuple(models), told.get("base", ""), tensors,
-        full_hash((file,)), Checkpoint(file.parent, tensors, {}),
+        full_hash((file,)), {key: text for key, text in told.items() if key not in OWN},
+        Checkpoint(file.parent, tensors, {}),
     )  # fmt: skip
 
 

@@ -100,7 +100,9 @@ class Statistics:
         found = np.empty(end - start, DTYPES[info.dtype])
         self._store.read(info, start, end, found.view(np.uint8))
         if not np.isfinite(found).all():
-            raise CheckpointError(f"{self.file}: the values of {name!r} hold NaN or infinity; remove the file, and measure anew")
+            raise CheckpointError(
+                f"{self.file}: the values of {name!r} are not finite; remove the file and measure anew"
+            )
         return found if stop is not None else found.reshape(info.shape)
 
     def close(self) -> None:
@@ -120,7 +122,7 @@ def open_statistics(file: Path) -> Statistics:
         about = About(**{**held, "models": tuple(held["models"]), "seconds": float(told["seconds"])})
         _ = about.number
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{file}: its metadata are malformed ({error}); remove the file, and measure anew") from error
+        raise CheckpointError(f"{file}: malformed metadata ({error}); remove the file and measure anew") from error
     if about.kind not in KINDS or any(info.dtype not in DTYPES for info in tensors.values()):
         raise CheckpointError(f"{file}: statistics of an unknown kind or dtype ({about.kind}); remove the file")
     return Statistics(file, about, tensors, Checkpoint(file.parent, tensors, {}))

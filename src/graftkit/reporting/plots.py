@@ -89,13 +89,9 @@ def line_plot(
         axes.axhline(line, color=_INK, alpha=0.45, linewidth=0.8, linestyle=(0, (3, 3)))
     for number, (name, values) in enumerate(lines.items()):
         heights = [float("nan") if value is None else value for value in values]
-        color, dashes = _LINES[number % len(_LINES)], _DASHES[number // len(_LINES) % len(_DASHES)]
+        color, dashes = _line_style(number)
         axes.plot(list(places), heights, color=color, linestyle=dashes, linewidth=1.6, label=_short(name, 44))
-    axes.grid(axis="y", color=_INK, alpha=0.14, linewidth=0.7)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel, color=_INK)
-    figure.legend(loc="outside upper left", frameon=False, labelcolor=_INK, borderaxespad=0, fontsize=8.5)
-    return _svg(figure, title or f"{ylabel} by {xlabel}")
+    return _finished(figure, axes, xlabel, ylabel, title)
 
 
 @_drawing()
@@ -107,11 +103,12 @@ def heat_map(
     label: str,
     color: str = ACCENT,
     top: float | None = None,
+    middle: float | None = None,
     title: str = "",
 ) -> str:
     """Values `[rows, columns]` as cells of one colour, faint for 0 and full for `top` (default: the largest value).
 
-    NaN leaves a cell empty.
+    With a `middle`, faint is there, and what lies below it has a colour of its own. NaN leaves a cell empty.
     """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
@@ -120,7 +117,13 @@ def heat_map(
     figure, axes = _canvas(1.25 + max(0.115 * len(rows), 0.6))
     shades = LinearSegmentedColormap.from_list("shades", [(*to_rgb(color), 0.05), (*to_rgb(color), 1.0)])
     limit = top if top is not None else (float(cells.max()) if cells.count() else 1.0)
-    mesh = axes.pcolormesh(cells, cmap=shades, vmin=0, vmax=limit or 1.0, linewidth=0)
+    low, high = 0.0, limit or 1.0
+    if middle is not None:
+        faint = [(*to_rgb(OTHER), 1.0), (*to_rgb(OTHER), 0.05), (*to_rgb(color), 0.05), (*to_rgb(color), 1.0)]
+        shades = LinearSegmentedColormap.from_list("sides", list(zip((0, 0.5, 0.5, 1), faint, strict=True)))
+        reach = float(abs(cells - middle).max()) if cells.count() else 0.0
+        low, high = middle - (reach or 1e-6), middle + (reach or 1e-6)
+    mesh = axes.pcolormesh(cells, cmap=shades, vmin=low, vmax=high, linewidth=0)
     step = max(1, len(rows) // 10)
     axes.set_yticks([row + 0.5 for row in range(0, len(rows), step)], [rows[row] for row in range(0, len(rows), step)])
     axes.set_xticks([column + 0.5 for column in range(len(columns))], columns, rotation=40, ha="right")
@@ -132,6 +135,68 @@ def heat_map(
     bar.ax.patch.set_alpha(0)
     bar.set_label(label, color=_INK)
     return _svg(figure, title or label)
+
+
+@_drawing()
+def band_plot(lines: Mapping[str, Sequence[tuple[int, Value]]], *, xlabel: str, ylabel: str, title: str = "") -> str:
+    """Values by a number that doubles, one line a name, the interval of each value shaded."""
+    figure, axes = _canvas(2.4 + 0.16 * len(lines))
+    for number, (name, points) in enumerate(lines.items()):
+        color, dashes = _line_style(number)
+        places, values = [place for place, _ in points], [value for _, value in points]
+        low, high = ([v.value if end is None else end for v, end in zip(values, ends, strict=True)]
+                     for ends in ([v.low for v in values], [v.high for v in values]))  # fmt: skip
+        axes.fill_between(places, low, high, color=color, alpha=0.13, linewidth=0)
+        axes.plot(places, [v.value for v in values], color=color, linestyle=dashes, linewidth=1.6,
+                  label=_short(name, 44))  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    return _finished(figure, axes, xlabel, ylabel, title)
+
+
+@_drawing()
+def scatter_plot(
+    groups: Mapping[str, Sequence[tuple[float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
+    logarithmic: bool = False,
+) -> str:
+    """Points of several groups, a colour each, and a dashed line at 0; `logarithmic` in what lies along the page."""
+    figure, axes = _canvas(2.6 + 0.16 * len(groups))
+    axes.axhline(0, color=_INK, alpha=0.45, linewidth=0.8, linestyle=(0, (3, 3)))
+    for number, (name, points) in enumerate(groups.items()):
+        color, _ = _line_style(number)
+        xs, ys = ([point[k] for point in points] for k in (0, 1))
+        axes.plot(xs, ys, "o", color=color, markersize=4.5, alpha=0.8, label=_short(name, 44), markeredgewidth=0)
+    if logarithmic:
+        axes.set_xscale("log")
+    return _finished(figure, axes, xlabel, ylabel, title)
+
+
+def standalone(svg: str) -> str:
+    """A picture as a file of its own: with a width, and a colour that stands out from light and dark grounds."""
+    head, rest = svg.split(">", 1)
+    spaces = {"xmlns": "http://www.w3.org/2000/svg", "xmlns:xlink": "http://www.w3.org/1999/xlink"}
+    missing = "".join(f' {name}="{value}"' for name, value in spaces.items() if f'{name}="' not in head)
+    return f'{head}{missing} width="620" color="#7a7a7a">{rest}'
+
+
+def _finished(figure: Figure, axes: Axes, xlabel: str, ylabel: str, title: str) -> str:
+    """Names, a grid and the legend above."""
+    axes.grid(axis="y", color=_INK, alpha=0.14, linewidth=0.7)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel, color=_INK)
+    figure.legend(loc="outside upper left", frameon=False, labelcolor=_INK, borderaxespad=0, fontsize=8.5)
+    return _svg(figure, title or f"{ylabel} by {xlabel}")
+
+
+def _line_style(number: int) -> tuple[str, Any]:
+    """The colour and the dashes of a line, by its place among others."""
+    return _LINES[number % len(_LINES)], _DASHES[number // len(_LINES) % len(_DASHES)]
 
 
 def _canvas(height: float) -> tuple[Figure, Axes]:

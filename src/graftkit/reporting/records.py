@@ -30,6 +30,11 @@ class TensorFacts:
     delta_norm: float | None = None
     cast_error_norm: float | None = None
     unchanged: float | None = None
+    weights: tuple[tuple[float, ...], ...] = ()
+    mean_weights: tuple[float, ...] = ()
+    w_global: tuple[float, ...] = ()
+    entropy: tuple[float, ...] = ()
+    spectral: tuple[float, ...] = ()
 
     @property
     def size(self) -> int:
@@ -78,6 +83,7 @@ class Record:
     inputs: tuple[InputFacts, ...] = ()
     tensors: tuple[TensorFacts, ...] = ()
     notes: tuple[str, ...] = ()
+    gates: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str | None] = field(default_factory=dict)
     machine: Mapping[str, str | int | None] = field(default_factory=dict)
 
@@ -167,22 +173,28 @@ def cast_grids(record: Record) -> list[Grid]:
 
 
 def grids(
-    measured: Sequence[tuple[str, float, int]], combine: Callable[[Sequence[tuple[float, int]]], float]
+    measured: Sequence[tuple[str, float, int]],
+    combine: Callable[[Sequence[tuple[float, int]]], float],
+    *,
+    keep: bool = False,
 ) -> list[Grid]:
-    """Values of tensors (name, value, number of weights) by layer and role; `combine` makes one of several there."""
+    """Values of tensors (name, value, number of weights) by layer and role; `combine` makes one of several there.
+
+    Roles whose values are all 0 are left out, unless asked to `keep` them.
+    """
     found: dict[str, dict[tuple[int, str], list[tuple[float, int]]]] = defaultdict(lambda: defaultdict(list))
     for name, value, size in measured:
         place = _place(name)
         if place is not None:
             stack, layer, role = place
             found[stack][layer, role].append((value, size))
-    made = (_grid(stack, {at: combine(values) for at, values in cells.items()}) for stack, cells in found.items())
+    made = (_grid(stack, {at: combine(values) for at, values in cells.items()}, keep) for stack, cells in found.items())
     return [grid for grid in made if grid.roles]
 
 
-def _grid(stack: str, cells: Mapping[tuple[int, str], float]) -> Grid:
+def _grid(stack: str, cells: Mapping[tuple[int, str], float], keep: bool) -> Grid:
     layers = sorted({layer for layer, _ in cells})
-    roles = list(dict.fromkeys(role for (_, role), value in cells.items() if value != 0))
+    roles = list(dict.fromkeys(role for (_, role), value in cells.items() if keep or value != 0))
     if len(roles) > _MOST_ROLES:
         weight = {role: sum(abs(value) for (_, r), value in cells.items() if r == role) for role in roles}
         roles = [role for role in roles if role in sorted(roles, key=lambda role: -weight[role])[:_MOST_ROLES]]

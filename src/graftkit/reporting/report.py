@@ -12,7 +12,7 @@ from graftkit.measuring.comparison import compare_all, differences_table
 from graftkit.measuring.normalised import normalised_table
 from graftkit.measuring.results import Evaluation
 from graftkit.measuring.table import Cell, Column, Table, Value
-from graftkit.reporting import experts, plots, records
+from graftkit.reporting import experts, gates, plots, records
 from graftkit.reporting.experts import Beside
 from graftkit.reporting.lineage import is_nested, lineage
 from graftkit.reporting.records import Record
@@ -176,7 +176,7 @@ def _layers(record: Record, top: float) -> list[tuple[str, str]]:
     for grid in records.swallowed_grids(record):
         picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="% of weights", color=plots.OTHER, top=100)
         pictures.append((f"Changes too small for the output's dtype ({grid.stack})", picture))
-    return pictures
+    return pictures + gates.pictures(record)
 
 
 def _commands(evaluation: Evaluation | None, given: Sequence[str]) -> list[str]:

@@ -1,0 +1,203 @@
+"""Gates against every other method on the orchard's experts: tuned on dev, scored on test, differences with intervals.
+
+From the root of the repository, after prepare_model.py (full experts after `make orchard`):
+
+    OMP_NUM_THREADS=1 python examples/orchard/gates_experiment.py                       # small budget, two scenarios
+    OMP_NUM_THREADS=1 python examples/orchard/gates_experiment.py --budget full --scenario all
+
+Every row goes into gates_results.json as soon as it is done; the same command goes on where it stopped. The page
+docs/experiment-graft.md is written from that file at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+from experts import SOURCES
+from gates_page import write_page
+from gates_rows import BUDGETS, SCENARIOS, Budget, Row, Scenario
+from graftkit.data.tasks import Item, Task, load_task, sample
+from graftkit.execution.live import Live
+from graftkit.improving.folding import fold
+from graftkit.improving.gates import solve
+from graftkit.improving.learnable import Form
+from graftkit.improving.learning import PRESETS, Settings
+from graftkit.improving.training import train
+from graftkit.measuring.evaluation import evaluate
+from graftkit.recipes.recipe import Recipe
+from prepare_model import MODEL_DIR
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+WORK = ROOT / ".cache" / "orchard" / "gates"
+RESULTS = HERE / "gates_results.json"
+SEED = 0
+
+
+def task_of(skill: str, split: str, count: int) -> Task:
+    """Records of a split of a skill's source, drawn once."""
+    records = SOURCES[skill].load(split)
+    chosen = random.Random(SEED).sample(records, min(count, len(records)))
+    items = tuple(Item(record.prompt, (record.answer,), 0) for record in chosen)
+    return Task(f"{skill}_{split}", "answer_loss", items, SOURCES[skill].chat, skill=skill)
+
+
+class Bench:
+    """One scenario: its models, its examples, and a live model that every row is merged into."""
+
+    def __init__(self, scenario: Scenario, budget: Budget) -> None:
+        self.scenario, self.budget, self.skills = scenario, budget, scenario.skills
+        self.paths = [str(ROOT / scenario.place.format(skill)) for skill in self.skills]
+        self.dev = [task_of(skill, "dev", budget.dev) for skill in self.skills]
+        self.train = [task_of(skill, "train", budget.samples) for skill in self.skills]
+        held_out = [
+            *(load_task(HERE / "tasks" / f"{s}.yaml") for s in self.skills),
+            load_task(HERE / "general/text.yaml"),
+        ]
+        self.test = [sample(task, budget.test) for task in held_out]
+        self.place = WORK / scenario.name.replace(" ", "-")
+
+    def recipe(self, wanted: Any) -> dict[str, Any]:
+        """A row's recipe with this scenario's models."""
+        models = [{"model": path} for path in self.paths]
+        return {**wanted, "base": str(MODEL_DIR), "models": models, "accept_base": True, "output": {"dtype": "float32"}}
+
+    def settings(self) -> Settings:
+        """How gates are trained here."""
+        return replace(PRESETS["small"], steps=self.budget.steps, every=10)
+
+    def pair(self, recipe: Recipe, out: Path, tasks: Sequence[Sequence[Task]]) -> None:
+        """Trains the gates of two models of a fold, on the examples of both."""
+        data = [task for own in tasks for task in own]
+        train(recipe, out, data=data, dev=self.dev, settings=self.settings(), device="cpu")
+
+    @contextmanager
+    def opened(self) -> Iterator[Live]:
+        """The live model."""
+        with Live.open(self.recipe({"method": "task_arithmetic"}), dtype="float32", workers=1) as live:
+            yield live
+
+
+def scores(live: Live, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Summed loss and answer tokens of every item, by skill."""
+    found = evaluate([live.named("merged")], tasks, resamples=0, device="cpu", dtype="float32")
+    return {
+        summary.measures: [[-item.log_probs[0], item.tokens[0]] for item in score.items]
+        for summary, score in zip(found.tasks, found.scores, strict=True)
+    }
+
+
+def mean_loss(found: dict[str, Any]) -> float:
+    """The mean over skills of the loss per answer token."""
+    return sum(sum(loss for loss, _ in items) / sum(n for _, n in items) for items in found.values()) / len(found)
+
+
+def gated(bench: Bench, row: Row) -> tuple[Any, dict[str, Any]]:
+    """The recipe of a row after its gates were made, and what to tell of that."""
+    budget, out = bench.budget, bench.place / row.name.replace(" ", "-").replace(",", "")
+    shutil.rmtree(out, ignore_errors=True)
+    recipe = Recipe.model_validate(bench.recipe(row.recipe))
+    if row.gates == "solve":
+        made = solve(recipe, out, data=bench.train, samples=budget.samples, device="cpu")
+        return made.recipe, {"examples": made.examples, "tokens": made.tokens}
+    options = dict(row.training)
+    tasks = [sample(task, options.pop("samples", budget.samples)) for task in bench.train]
+    if row.gates == "fold":
+        return fold(recipe, out, bench.pair, data=tasks), {}
+    if row.start:
+        options["start"] = bench.place / row.start.replace(" ", "-").replace(",", "") / "gates.safetensors"
+    settings = bench.settings()
+    settings = replace(settings, rate=0.01) if row.start else settings
+    trained = train(recipe, out, data=tasks, dev=bench.dev, settings=settings, form=Form(**options), device="cpu")
+    told = {"phi": trained.phi, "learnt": trained.learnt, "change": asdict(trained.change)}
+    told |= {"sharpness": trained.sharpness, "steps": len(trained.course.curve), "settings": asdict(settings)}
+    return trained.recipe, told | {"dev": [trained.course.first, trained.course.best]}
+
+
+def run(bench: Bench, live: Live, row: Row) -> dict[str, Any]:
+    """One row: gates or tuning first, then the test."""
+    started, cpu, told = time.perf_counter(), time.process_time(), {}
+    wanted: Any = bench.recipe(row.recipe)
+    if row.gates:
+        wanted, told["gates"] = gated(bench, row)
+    elif row.tune:
+        tried = []
+        for change in row.tune:
+            live.apply(bench.recipe({**row.recipe, "knobs": {**row.recipe.get("knobs", {}), **change}}))
+            tried.append(mean_loss(scores(live, bench.dev)))
+        told["tuned"] = [[dict(change), loss] for change, loss in zip(row.tune, tried, strict=True)]
+        best = row.tune[min(range(len(tried)), key=tried.__getitem__)]
+        told["chosen"] = dict(best)
+        wanted = bench.recipe({**row.recipe, "knobs": {**row.recipe.get("knobs", {}), **best}})
+    live.apply(wanted)
+    told["test"] = scores(live, bench.test)
+    return told | {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
+
+
+def references(bench: Bench, live: Live, skill: str | None) -> dict[str, Any]:
+    """The base, or one expert, on the test."""
+    recipe = bench.recipe({"method": "task_arithmetic", "knobs": {"scale": 1.0 if skill else 1e-30}})  # adds nothing
+    if skill:
+        recipe["models"] = [recipe["models"][bench.skills.index(skill)]]
+    live.apply(recipe)
+    tasks = bench.test if skill is None else [task for task in bench.test if skill in (task.skill, task.name)]
+    return {"test": scores(live, tasks)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [scenario.name for scenario in SCENARIOS]
+    parser.add_argument("--scenario", nargs="+", default=["four", "math-languages"], choices=[*names, "all"])
+    parser.add_argument("--budget", default="small", choices=BUDGETS)
+    parser.add_argument("--row", nargs="+", help="only these rows, whatever the budget")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    budget = BUDGETS[arguments.budget]
+    held = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for scenario in SCENARIOS:
+        if scenario.name in arguments.scenario or "all" in arguments.scenario:
+            fill(Bench(scenario, budget), held, f"{scenario.name} {arguments.budget}", arguments.row)
+    write_page(held, ROOT / "docs" / "experiment-graft.md")
+
+
+def fill(bench: Bench, held: dict[str, Any], key: str, only: list[str] | None) -> None:
+    """Runs the rows of a scenario that are still missing, and saves after each."""
+    found = held.setdefault(key, {"scenario": bench.scenario.name, "skills": list(bench.skills), "rows": {}})
+    found |= {"budget": asdict(bench.budget), "seed": SEED, "versions": {"torch": torch.__version__}}
+    wanted = [row for row in bench.scenario.chosen(bench.budget.whole or bool(only)) if not only or row.name in only]
+    with bench.opened() as live:
+        for skill in (None, *bench.skills):
+            name = f"expert {skill}" if skill else "base"
+            if name not in found["rows"]:
+                found["rows"][name] = references(bench, live, skill)
+                save(held, key, name)
+        for row in wanted:
+            if row.name not in found["rows"]:
+                found["rows"][row.name] = run(bench, live, row)
+                save(held, key, row.name)
+
+
+def save(held: dict[str, Any], key: str, name: str) -> None:
+    """Writes all results, whole or not at all."""
+    fresh = RESULTS.with_suffix(".new")
+    fresh.write_text(json.dumps(held) + "\n")
+    fresh.replace(RESULTS)
+    print(f"{key}: {name} done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
