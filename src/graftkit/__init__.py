@@ -14,9 +14,13 @@ if TYPE_CHECKING:
     from graftkit.execution.extraction import extract as extract
     from graftkit.execution.local import execute as execute
     from graftkit.execution.local import merge as merge
+    from graftkit.improving.ranking import rank as rank
+    from graftkit.improving.subsample import subsample as subsample
+    from graftkit.measuring.compatibility import compatibility as compatibility
     from graftkit.measuring.evaluation import evaluate as evaluate
     from graftkit.measuring.inspection import inspect as inspect
     from graftkit.methods import method as method
+    from graftkit.improving.search import search as search
     from graftkit.recipes.plan import Plan as Plan
     from graftkit.recipes.plan import plan as plan
     from graftkit.recipes.recipe import Recipe as Recipe
@@ -27,6 +31,7 @@ _PLACES = {
     "GraftError": "graftkit.errors",
     "Plan": "graftkit.recipes.plan",
     "Recipe": "graftkit.recipes.recipe",
+    "compatibility": "graftkit.measuring.compatibility",
     "evaluate": "graftkit.measuring.evaluation",
     "execute": "graftkit.execution.local",
     "extract": "graftkit.execution.extraction",
@@ -34,9 +39,27 @@ _PLACES = {
     "merge": "graftkit.execution.local",
     "method": "graftkit.methods",
     "plan": "graftkit.recipes.plan",
+    "search": "graftkit.improving.search",
+    "rank": "graftkit.improving.ranking",
+    "subsample": "graftkit.improving.subsample",
 }
 
-__all__ = ["GraftError", "Plan", "Recipe", "evaluate", "execute", "extract", "inspect", "merge", "method", "plan"]
+__all__ = [
+    "GraftError",
+    "Plan",
+    "Recipe",
+    "compatibility",
+    "evaluate",
+    "execute",
+    "extract",
+    "inspect",
+    "merge",
+    "method",
+    "plan",
+    "rank",
+    "search",
+    "subsample",
+]
 
 
 def __getattr__(name: str) -> Any:

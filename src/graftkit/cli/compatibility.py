@@ -78,6 +78,8 @@ def compatibility(
         return
     for table in found.tables():
         console.print_table(table)
+    for reason in found.reasons if rank else ():
+        typer.echo(reason)
     if out is not None:
         typer.echo(f"{out}: the JSON and the pictures")
 
