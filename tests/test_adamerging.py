@@ -1,6 +1,7 @@
 """AdaMerging: FusionBench's trajectories, the slopes without a graph through the merge, and a recipe that uses them."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,20 @@ def test_other_merges_are_refused(tmp_path):
         (place / "other.yaml").write_text(yaml.safe_dump(made | change))
         with pytest.raises(GraftError, match="AdaMerging finds the weights"):
             adamerging(place / "other.yaml", tmp_path / "out", data=data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"start": math.nan}, "--start: expected a number from 0 to 1"),
+        ({"start": 5.0}, "--start: expected a number from 0 to 1, or any with --no-clip, got 5.0"),
+        ({"start": math.inf, "clip": False}, "--start: expected a number, got inf"),
+        ({"rate": 1e30, "clip": False, "steps": 2}, "--rate: the coefficients are no numbers any more after 2 steps"),
+    ],
+)
+def test_coefficients_stay_numbers(tmp_path, changes, message):
+    place = family(tmp_path)
+    data = [place / "one.jsonl", place / "two.jsonl"]
+    with pytest.raises(GraftError, match=message):
+        adamerging(place / "recipe.yaml", tmp_path / "out", data=data, settings=Settings(**changes))
+    assert not (tmp_path / "out").exists()

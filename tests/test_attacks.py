@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import graftkit
 import tiny
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.sink import JOURNAL, Sink
+from graftkit.cli import app, main
 from graftkit.errors import CheckpointError, GraftError, OutputError, PlanError
 from graftkit.recipes.recipe import load
 
@@ -250,6 +252,22 @@ def test_a_full_disk_behind_the_printed_text_is_one_sentence() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     assert done.returncode == 2 and done.stderr.splitlines() == ["graft: the output: the disk is full; free some room"]
+
+
+def test_a_name_that_no_disk_takes_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr(
+        sys, "argv", ["graft", "subsample", str(tmp_path / "d.jsonl"), str(tmp_path / ("x" * 300)), "-n", "1"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["evaluate m -t d", "compatibility m -d d", "adamerging r o", "subsample d o -n 1"])
+def test_seeds_are_not_negative(command: str) -> None:
+    done = CliRunner().invoke(app, [*command.split(), "--seed", "-1"])
+    assert done.exit_code == 2 and "--seed" in done.output and "Traceback" not in done.output
 
 
 def test_a_bare_backbone_with_a_head_is_matched(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import graftkit
 import tiny
+from graftkit.checkpoints import sources
 from graftkit.checkpoints.adapters import open_adapter
 from graftkit.checkpoints.headers import read_header
 from graftkit.checkpoints.sources import fingerprint, open_checkpoint
@@ -263,3 +264,18 @@ def test_a_hub_id_is_served_from_the_local_cache(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     assert graftkit.plan({"method": "passthrough", "models": ["tiny/model"]}).sources[0].name == "tiny/model"
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30])
+def test_a_fingerprint_sees_a_change_of_any_one_tensor(tmp_path, monkeypatch, small):
+    """Whole small files, and the middles of a large one's tensors."""
+    monkeypatch.setattr(sources, "SMALL", small)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 1)
+    weights = tiny.weights(0)
+    seen = {sources.open_checkpoint(tiny.save(tmp_path / "as-is", weights, shards=2)).fingerprint()}
+    for k, name in enumerate(weights):
+        changed = {**weights, name: weights[name] + 0.01}
+        seen.add(sources.open_checkpoint(tiny.save(tmp_path / str(k), changed, shards=2)).fingerprint())
+    assert len(seen) == len(weights) + 1
+    again = sources.open_checkpoint(tiny.save(tmp_path / "again", weights, shards=2)).fingerprint()
+    assert again in seen

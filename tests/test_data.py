@@ -179,6 +179,8 @@ BROKEN: list[tuple[str, bytes, str]] = [
     ("d.jsonl", b"", "no records"),
     ("d.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", r"d\.jsonl:1: not JSON"),
     ("d.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", r"d\.jsonl:1: not JSON"),
+    ("d.jsonl", b'{"text": "\\ud83d\\ude00"}\n{"text": "a \\uD83D"}\n', r"d\.jsonl:2: \\ud83d is half of a surrogate"),
+    ("d.json", b'[{"text": "a \\ude00"}]', r"d\.json: record 1 \(line 1\): \\ude00 is half of a surrogate"),
     ("d.json", b"", "no records"),
     ("d.json", b"[]", "no records"),
     ("d.json", b'[\n{"text": "a"},\n{"text": "b"\n', r"d\.json: record 2 \(line 3\): not JSON"),
@@ -376,7 +378,9 @@ def test_fingerprints_are_of_the_content(tmp_path: Path) -> None:
     assert fingerprint(place_of(one)) != fingerprint(place_of(tmp_path / "b.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "owner/absent.jsonl", "../x", "x" * 5000, "a\0b", "plain"])
+@pytest.mark.parametrize(
+    "name", ["absent.jsonl", "owner/absent.jsonl", "../x", "x" * 5000, "a\0b", "~nobody/x.jsonl", "plain"]
+)
 def test_places_that_do_not_exist_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="does not exist"):
         place_of(name, tmp_path)

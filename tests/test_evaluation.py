@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from graftkit.data import Item, Task
-from graftkit.errors import CheckpointError, DataError, NonFiniteError
+from graftkit.errors import CheckpointError, DataError, GraftError, NonFiniteError
 from graftkit.measuring.evaluation import Evaluation, compare, evaluate
+from graftkit.measuring.loading import opened
 from graftkit.measuring.resampling import ratio_estimates
 from talker import slow, tiny, tokenizer
 
@@ -129,6 +130,28 @@ def test_a_live_model_keeps_its_mode(tokenizer: Any) -> None:
     model = tiny().train()
     evaluate([("tiny", model, tokenizer)], [LOSS], resamples=10)
     assert model.training
+
+
+@pytest.mark.parametrize("device", ["quantum", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, device: str) -> None:
+    with (
+        pytest.raises(GraftError, match=f"--device {device}: not available here"),
+        opened(tmp_path, device=device, dtype="float32"),
+    ):
+        pass
+
+
+def test_a_truncated_model_and_one_without_tokenizer_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    with (
+        pytest.raises(CheckpointError, match="no tokenizer that transformers reads; copy that of its base there"),
+        opened(tmp_path, device="cpu", dtype="float32"),
+    ):
+        pass
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="deserializing"), opened(tmp_path, device="cpu", dtype="float32"):
+        pass
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT 0.21 under transformers 5.23

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import tiny
-from graftkit.errors import NonFiniteError, PlanError
+from graftkit.errors import GraftError, NonFiniteError, PlanError
 from graftkit.execution.live import Live
 from graftkit.execution.local import merge
 
@@ -169,6 +169,8 @@ def test_what_is_refused(tmp_path):
     chosen = recipe(family, "task_arithmetic")
     with pytest.raises(PlanError, match="needs a whole model"):
         Live.open(chosen | {"output": {"as": "adapter", "rank": 2}})
+    with pytest.raises(GraftError, match="--dtype: unknown dtype 'float99'"):
+        Live.open(chosen, dtype="float99")
     with Live.open(chosen) as live:
         deeper = tmp_path / "deeper"
         held = load_file(family[0] / "model.safetensors")

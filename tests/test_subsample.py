@@ -357,6 +357,8 @@ def test_odd_data_are_no_trouble(tmp_path: Path) -> None:
         ({"method": "kmean"}, "expected one of kmeans, random, kcenter, herding, got 'kmean'"),
         ({"clusters": (9, 3)}, "expected a number or a range such as 8-64, got 9-3"),
         ({"duplicates": 1.5}, "expected a cosine above 0 and at most 1, got 1.5"),
+        ({"seed": -3}, "seed: expected a number from 0 to 4294967295, got -3"),
+        ({"seed": 1 << 32}, "seed: expected a number from 0"),
         ({"columns": {"promt": "question"}}, "columns: unknown column of ours 'promt'"),
         ({"columns": {"prompt": "solution", "answer": "answr"}}, r"d\.jsonl:1: columns: unknown column 'answr'"),
         ({"columns": {}}, r"d\.jsonl:1: no layout fits the columns question, solution, subtask, more"),
@@ -373,6 +375,18 @@ def test_an_output_is_never_written_over(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         graftkit.subsample(data_file(tmp_path / "d.jsonl"), tmp_path / "out", 3, columns=COLUMNS)
+
+
+def test_a_picture_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def draw(made: Any, directory: Path) -> None:
+        assert (directory / "subset.jsonl").is_file() and not (tmp_path / "out").exists()
+        raise OutputError("no room")
+
+    data = data_file(tmp_path / "d.jsonl")
+    (tmp_path / "out.partial").mkdir()  # somebody else's
+    with pytest.raises(OutputError, match="no room"):
+        graftkit.subsample(data, tmp_path / "out", 3, columns=COLUMNS, draw=draw)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.jsonl", "out.partial"]
 
 
 # The program and its picture

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-SAMPLES, SAMPLE_BYTES = 16, 4096  # what a fingerprint reads of each file, beside header and size
+SMALL = 8 << 20  # a file of so many bytes goes into a fingerprint whole
+SAMPLES, SAMPLE_BYTES = 16, 4096  # what a fingerprint reads of a larger file, beside header and size
+TENSORS, MIDDLE_BYTES = 512, 512  # and from the middles of how many of its tensors, and how much of each
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """A short hash of headers, sizes and sampled bytes of all weight files; the same for a copy elsewhere."""
-        return fingerprint(self.files)
+        return fingerprint(self.files, self.tensors.values())
 
     def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements `[start, stop)` of a tensor, as raw bytes in the head of `buffer` (uint8, long enough)."""
@@ -79,18 +81,36 @@ def read_exactly(descriptor: int, view: np.ndarray, position: int, tensor: Tenso
         done += count
 
 
-def fingerprint(files: tuple[Path, ...]) -> str:
-    """BLAKE2 of each file's header, size and 16 evenly spaced samples of 4 KiB; names and times do not count."""
-    digest = hashlib.blake2b(digest_size=16)
+def fingerprint(files: tuple[Path, ...], tensors: Iterable[TensorInfo] = ()) -> str:
+    """BLAKE2 of each file's header, size and samples of its bytes; names and times do not count.
+
+    All bytes of a small file; of a larger one samples at even distances, and one in the middle of each of `tensors`
+    that stand in it, or of `TENSORS` of them at even distances.
+    """
+    digest, middles = hashlib.blake2b(digest_size=16), _middles(tensors)
     for file in files:
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         with open(file, "rb") as handle:
+            if size <= SMALL:
+                digest.update(handle.read())
+                continue
             digest.update(handle.read(min(size, 8 + int.from_bytes(handle.read(8), "little"))))
             for k in range(SAMPLES):
                 handle.seek(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)))
                 digest.update(handle.read(SAMPLE_BYTES))
+            for place, length in middles.get(file, ()):
+                digest.update(os.pread(handle.fileno(), length, place))
     return digest.hexdigest()
+
+
+def _middles(tensors: Iterable[TensorInfo]) -> dict[Path, list[tuple[int, int]]]:
+    """Where the middles of tensors stand, and how much of each is looked at, by file."""
+    found: dict[Path, list[tuple[int, int]]] = {}
+    for tensor in sorted(tensors, key=lambda tensor: tensor.begin):
+        length = min(tensor.nbytes, MIDDLE_BYTES)
+        found.setdefault(tensor.file, []).append((tensor.begin + (tensor.nbytes - length) // 2, length))
+    return {file: places[:: -(-len(places) // TENSORS)] for file, places in found.items()}
 
 
 def full_hash(files: tuple[Path, ...]) -> str:

@@ -22,7 +22,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -168,7 +168,8 @@ def writing(file: Path, about: About, layout: Sequence[tuple[str, str, tuple[int
     except OSError as error:
         raise OutputError(f"{file}: cannot be written ({error.strerror})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing was
+            part.unlink()
 
 
 def _told(about: About, more: float) -> dict[str, str]:

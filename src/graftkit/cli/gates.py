@@ -178,6 +178,8 @@ def fold(
     threads: Threads = None,
 ) -> None:
     """Fuse three models or more by pairs: the first two, then their merge and the next; order matters."""
+    from dataclasses import asdict
+
     from graftkit.cli import console
 
     console.quiet_libraries(threads)
@@ -192,7 +194,8 @@ def fold(
         mixed = [task for own in tasks for task in own]
         training.train(pair, place, data=mixed, samples=samples, settings=settings, device=device, told=_teller())
 
-    found = folding.fold(recipe, out, make, data=data or (), told=lambda line: typer.echo(line, err=True))
+    how = {"by": by.value, "samples": samples} | (asdict(settings) if by is Making.train else {})
+    found = folding.fold(recipe, out, make, data=data or (), settings=how, told=lambda line: typer.echo(line, err=True))
     typer.echo(f"{found}: the last of the pairs; `graft merge {found} MERGED` makes the result")
 
 

@@ -47,11 +47,11 @@ def place_of(name: str | Path, relative_to: Path | None = None) -> Place:
     Raises DataError where there is no such thing, or where it is a file of a kind that cannot be read.
     """
     told = str(name)
-    path = (relative_to or Path()) / Path(told).expanduser()
+    path = (relative_to or Path()) / _expanded(told)
     if _is(path, "is_file"):
         return _file(path)
     bare, _, split = told.rpartition("#") if "#" in told else (told, "", "")
-    directory = (relative_to or Path()) / Path(bare).expanduser()
+    directory = (relative_to or Path()) / _expanded(bare)
     if _is(directory, "is_dir"):
         return Place(bare, directory, split)
     looks_like_a_file = Path(bare.removesuffix(".gz")).suffix in (*ENDINGS, ".yaml", ".yml")
@@ -59,6 +59,13 @@ def place_of(name: str | Path, relative_to: Path | None = None) -> Place:
         return Place(bare, None, split)
     raise DataError(f"{path}: does not exist; expected a file in {', '.join(ENDINGS)}, a directory that `datasets` "
                     "saved, or OWNER/NAME of a data set on the hub")  # fmt: skip
+
+
+def _expanded(told: str) -> Path:
+    try:
+        return Path(told).expanduser()
+    except RuntimeError:  # `~name` of nobody here
+        return Path(told)
 
 
 def _is(path: Path, question: str) -> bool:

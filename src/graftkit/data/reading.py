@@ -93,7 +93,7 @@ def _json(path: Path) -> Iterator[Record]:
         return
     with opened(path) as stream, io.TextIOWrapper(cast(Any, stream), "utf-8-sig", newline="") as text:
         for where, value, raw in json_list(path, text, LARGEST):
-            yield Record(where, _is_object(where, value), raw)
+            yield Record(where, _is_object(where, value, raw), raw)
 
 
 def is_list(path: Path) -> bool:
@@ -109,12 +109,20 @@ def as_object(where: str, text: str) -> dict[str, Any]:
         value = json.loads(text.rstrip())
     except (ValueError, RecursionError) as error:  # numbers too long to convert are a ValueError, too
         raise DataError(f"{where}: not JSON: {error}") from error
-    return _is_object(where, value)
+    return _is_object(where, value, text)
 
 
-def _is_object(where: str, value: Any) -> dict[str, Any]:
+def _is_object(where: str, value: Any, raw: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{where}: expected an object with fields such as prompt and answer, got {value!r:.40}")
+    if "\\ud" in raw or "\\uD" in raw:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise DataError(
+                f"{where}: {half} is half of a surrogate pair, which is no text; mend the record"
+            ) from error
     return value
 
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from graftkit.checkpoints.resolve import Source
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 class Live:

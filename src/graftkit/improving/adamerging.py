@@ -10,6 +10,7 @@ domains. It falls as well where a model gets sure of nonsense: read the scores o
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from graftkit.data.tasks import Task, sample
-from graftkit.errors import OutputError, PlanError, RecipeError
+from graftkit.errors import DataError, OutputError, PlanError, RecipeError
 from graftkit.execution.live import Live
 from graftkit.improving.gated import Gated, Place, deltas_of, domains
 from graftkit.measuring.encoding import Row, encode
@@ -92,6 +93,9 @@ def adamerging(
     chosen, asked, started = settings or Settings(), load(recipe), time.perf_counter()
     if out.exists():
         raise OutputError(f"{out}: exists already; choose another name")
+    if not math.isfinite(chosen.start) or (chosen.clip and not 0 <= chosen.start <= 1):
+        expected = "a number from 0 to 1, or any with --no-clip" if chosen.clip else "a number"
+        raise DataError(f"--start: expected {expected}, got {chosen.start}")
     tasks = domains(asked, data)
     planned = plan(asked)
     steps = _mergeable(planned)
@@ -100,6 +104,9 @@ def adamerging(
         rows = [_rows(live, own, chosen) for own in tasks]
         entropy = Entropy(live, steps, deltas, [_turns(own, chosen.batch, chosen.seed) for own in rows])
         values, trail = descend(entropy, len(asked.models), len(steps), chosen, advance)
+    if not bool(values.isfinite().all()):
+        raise DataError(f"--rate: the coefficients are no numbers any more after {chosen.steps} steps; take less than "
+                        f"{chosen.rate}")  # fmt: skip
     found = {step.name: [round(float(v), 6) for v in values[:, k]] for k, step in enumerate(steps)}
     place = _write(asked, out, found, {"entropies": trail, "tasks": tasks}, chosen)
     return Adapted(place, found, trail, time.perf_counter() - started)

@@ -76,6 +76,7 @@ def subsample(
     columns: Mapping[str, str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    draw: Callable[[Subsample, Path], object] | None = None,
 ) -> Subsample:
     """Writes `count` records of `data` that stand for all of it, under the directory `out`.
 
@@ -84,12 +85,13 @@ def subsample(
     silhouette (of few clusters a subset of those near the centroids covers less than a random one, so the range begins
     at 8). `embed`: `wordllama`, or a model for sentence-transformers. `duplicates`: records whose cosine with a chosen
     one is this or more are passed over. `columns`: ours to theirs. Writes the subset in the format of `data`, a
-    description that loads it (`task.yaml`), each record's cluster (`assignment.csv`) and a record (`subsample.json`).
+    description that loads it (`task.yaml`), each record's cluster (`assignment.csv`) and a record (`subsample.json`);
+    `draw` may add pictures to the directory, which stands under its name when all is there.
 
     Raises DataError for data that cannot be read and for fewer records than `count`, OutputError where `out` exists.
     """
     started, place, out = time.perf_counter(), place_of(data), Path(out)
-    _check(count, method, clusters, duplicates, out)
+    _check(count, method, clusters, duplicates, seed, out)
     by = embedder(embed)
     records = _read(place, Columns(column_names("columns", columns or {})), by, progress)
     total = len(records.vectors)
@@ -101,10 +103,10 @@ def subsample(
     covered, at_random = (_coverage(records, own, seed) for own in (chosen, others))
     made = Subsample(out, records, grouped, chosen, refused, covered, at_random, time.perf_counter() - started)
     settings = {"count": count, "method": method, "clusters": list(clusters), "duplicates": duplicates, "seed": seed}
-    return _write(made, by, settings)
+    return _write(made, by, settings, draw or (lambda made, directory: None))
 
 
-def _check(count: int, method: str, clusters: tuple[int, int], duplicates: float | None, out: Path) -> None:
+def _check(count: int, method: str, clusters: tuple[int, int], duplicates: float | None, seed: int, out: Path) -> None:
     if count < 1:
         raise DataError(f"expected at least 1 record to choose, got {count}")
     if method not in METHODS:
@@ -113,6 +115,8 @@ def _check(count: int, method: str, clusters: tuple[int, int], duplicates: float
         raise DataError(f"clusters: expected a number or a range such as 8-64, got {clusters[0]}-{clusters[1]}")
     if duplicates is not None and not 0 < duplicates <= 1:
         raise DataError(f"duplicates: expected a cosine above 0 and at most 1, got {duplicates}")
+    if not 0 <= seed < 1 << 32:
+        raise DataError(f"seed: expected a number from 0 to {(1 << 32) - 1}, got {seed}")
     if out.exists():
         raise OutputError(f"{out}: exists already; choose another name")
 
@@ -155,9 +159,11 @@ def _coverage(records: Records, chosen: np.ndarray, seed: int) -> Coverage:
     return coverage(records.vectors[rows], np.searchsorted(rows, chosen), topics)
 
 
-def _write(made: Subsample, by: Embedder, settings: dict[str, Any]) -> Subsample:
+def _write(
+    made: Subsample, by: Embedder, settings: dict[str, Any], draw: Callable[[Subsample, Path], object]
+) -> Subsample:
     """Writes everything beside the final name, and renames it when it is complete."""
-    out, draft = made.file, made.file.with_name(f"{made.file.name}.partial")
+    out, draft = made.file, made.file.with_name(f".{made.file.name}.graft-subsample")
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
@@ -166,9 +172,12 @@ def _write(made: Subsample, by: Embedder, settings: dict[str, Any]) -> Subsample
         (draft / TASK).write_text(_description(made.records, written.name, out), encoding="utf-8")
         told = json.dumps(_told(made, by, settings), indent=1, ensure_ascii=False)
         (draft / RECORD).write_text(told + "\n", encoding="utf-8")
+        draw(made, draft)
         draft.rename(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return replace(made, file=out / written.name)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from graftkit.data.tasks import Generation, Task
 from graftkit.errors import DataError, NonFiniteError
-from graftkit.measuring.encoding import end_of_turn, prompts
+from graftkit.measuring.encoding import Prompt, end_of_turn, prompts
+from graftkit.measuring.images import inputs_of, tokenizer_of
 
 _ROOM = 4  # times the tokens of a scoring batch: a step computes one token a row, so rows may be many
 
@@ -28,31 +29,41 @@ class Reply:
 
 
 def generate(
-    model: Any, tokenizer: Any, task: Task, batch_tokens: int, advance: Callable[[int], None] = lambda done: None
+    model: Any, reader: Any, task: Task, batch_tokens: int, advance: Callable[[int], None] = lambda done: None
 ) -> list[Reply]:
-    """A reply to every item of a task; `advance` is called with the items done by each batch.
+    """A reply to every item of a task, which has at least one; `advance` is called with the items done by each batch.
+
+    `reader` is the model's tokenizer, or its processor, without which items have no images.
 
     Raises DataError as `prompts` does and where a prompt leaves no room for an answer, NonFiniteError where the model's
     output is NaN.
     """
-    settings = task.generation or Generation()
-    starts = prompts(tokenizer, task)
+    settings, tokenizer = task.generation or Generation(), tokenizer_of(reader)
+    starts = prompts(reader, task)
     _check_room(model, task, starts, settings)
-    ends = _ends(model, tokenizer, task)
+    ends = ends_of(model, reader, task)
     replies: dict[int, Reply] = {}
-    order = sorted(range(len(starts)), key=lambda index: -len(starts[index]))
+    order = sorted(range(len(starts)), key=lambda index: (_shapes(starts[index]), -len(starts[index].ids)))
     for batch in _batches(order, starts, settings.max_new_tokens, _ROOM * batch_tokens):
         ids = _generated(model, tokenizer, [starts[index] for index in batch], settings, ends, task.name)
-        replies |= dict(zip(batch, (_reply(tokenizer, row, settings, ends) for row in ids), strict=True))
+        replies |= dict(zip(batch, (reply_of(tokenizer, row, settings, ends) for row in ids), strict=True))
         advance(len(batch))
     return [replies[index] for index in range(len(starts))]
 
 
-def _batches(order: Sequence[int], starts: Sequence[Sequence[int]], new: int, budget: int) -> Iterator[list[int]]:
-    """From long prompts to short ones, as many as fit the budget with padding and answers (or one)."""
+def _shapes(prompt: Prompt) -> tuple[Any, ...]:
+    return prompt.media.shapes if prompt.media else ()
+
+
+def _batches(order: Sequence[int], starts: Sequence[Prompt], new: int, budget: int) -> Iterator[list[int]]:
+    """From long prompts to short ones, as many as fit the budget with padding and answers (or one).
+
+    Images of one batch are of one shape.
+    """
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) + 1) * (len(starts[batch[0]]) + new) > budget:
+        full = batch and (len(batch) + 1) * (len(starts[batch[0]].ids) + new) > budget
+        if full or (batch and _shapes(starts[batch[0]]) != _shapes(starts[index])):
             yield batch
             batch = []
         batch.append(index)
@@ -61,16 +72,20 @@ def _batches(order: Sequence[int], starts: Sequence[Sequence[int]], new: int, bu
 
 
 def _generated(
-    model: Any, tokenizer: Any, starts: Sequence[Sequence[int]], settings: Generation, ends: Sequence[int], name: str
+    model: Any, tokenizer: Any, starts: Sequence[Prompt], settings: Generation, ends: Sequence[int], name: str
 ) -> list[list[int]]:
     """New token ids of each prompt, as far as the longest answer of the batch."""
     import torch
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-    longest = max(map(len, starts))
+    longest = max(len(start.ids) for start in starts)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
-    ids = torch.tensor([[padding] * (longest - len(row)) + list(row) for row in starts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in starts], device=model.device)
+    rows = [start.ids for start in starts]
+    ids = torch.tensor([[padding] * (longest - len(row)) + list(row) for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    media = inputs_of(
+        [(start.media,) if start.media else () for start in starts], [*map(len, rows)], longest, left=True
+    )
     config = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=settings.max_new_tokens, pad_token_id=padding,
         eos_token_id=list(ends) or None, bos_token_id=tokenizer.bos_token_id,
@@ -80,6 +95,7 @@ def _generated(
         made = model.generate(
             ids, attention_mask=mask, generation_config=config, stopping_criteria=stops,
             logits_processor=LogitsProcessorList([_refuse_nan(name)]),
+            **{name: value.to(model.device) for name, value in media.items()},
         )  # fmt: skip
     return [[int(token) for token in row] for row in made[:, longest:].cpu().tolist()]
 
@@ -121,7 +137,7 @@ def _refuse_nan(name: str) -> Any:
     return RefuseNan()
 
 
-def _reply(tokenizer: Any, ids: Sequence[int], settings: Generation, ends: Sequence[int]) -> Reply:
+def reply_of(tokenizer: Any, ids: Sequence[int], settings: Generation, ends: Sequence[int]) -> Reply:
     """What stands before the first end and the first stop. A row that ended early is padded, perhaps by an end."""
     end = next((place for place, token in enumerate(ids) if token in ends), None)
     written = list(ids) if end is None else list(ids[:end])
@@ -135,20 +151,20 @@ def _text(tokenizer: Any, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def _ends(model: Any, tokenizer: Any, task: Task) -> tuple[int, ...]:
+def ends_of(model: Any, reader: Any, task: Task) -> tuple[int, ...]:
     """The tokens that end an answer: the tokenizer's, the checkpoint's, and in a chat the one that ends a turn."""
     own = getattr(model.generation_config, "eos_token_id", None)
     listed = own if isinstance(own, list) else [own]
-    ends = [tokenizer.eos_token_id, *listed, *end_of_turn(tokenizer, task)]
+    ends = [tokenizer_of(reader).eos_token_id, *listed, *end_of_turn(reader, task)]
     return tuple(dict.fromkeys(int(token) for token in ends if token is not None))
 
 
-def _check_room(model: Any, task: Task, starts: Sequence[Sequence[int]], settings: Generation) -> None:
+def _check_room(model: Any, task: Task, starts: Sequence[Prompt], settings: Generation) -> None:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    number = max(range(len(starts)), key=lambda index: len(starts[index]))
-    wanted = len(starts[number]) + settings.max_new_tokens
+    number = max(range(len(starts)), key=lambda index: len(starts[index].ids))
+    wanted = len(starts[number].ids) + settings.max_new_tokens
     if context is not None and wanted > context:
         raise DataError(
-            f"task {task.name}, item {number}: a prompt of {len(starts[number])} tokens and max_new_tokens of "
+            f"task {task.name}, item {number}: a prompt of {len(starts[number].ids)} tokens and max_new_tokens of "
             f"{settings.max_new_tokens} make {wanted}, but the model takes {context}; lower max_new_tokens"
         )

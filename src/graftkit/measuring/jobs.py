@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graftkit.data.tasks import GENERATED, Generation, Task
 from graftkit.measuring import cache
 from graftkit.measuring.generated import score_generated
+from graftkit.measuring.images import tokenizer_of
 from graftkit.measuring.items import AnyItem
 from graftkit.measuring.loading import ModelLike, opened
 from graftkit.measuring.results import Scored, TaskSummary
@@ -107,12 +108,12 @@ def score_model(model: ModelLike, jobs: Sequence[Job], how: How, meter: Meter, h
     if harness is None and all(job.found for job in jobs):
         return [job.found for job in jobs if job.found]
     base = how.adapter_base
-    with opened(model, device=how.device, dtype=how.dtype, adapter_base=base) as (live, tokenizer):
-        made = list(_computed(live, tokenizer, jobs, how, meter))
-        return made + (harness.score(live, tokenizer) if harness else [])
+    with opened(model, device=how.device, dtype=how.dtype, adapter_base=base) as (live, reader):
+        made = list(_computed(live, reader, jobs, how, meter))
+        return made + (harness.score(live, tokenizer_of(reader)) if harness else [])
 
 
-def _computed(live: Any, tokenizer: Any, jobs: Sequence[Job], how: How, meter: Meter) -> Iterator[Scored]:
+def _computed(live: Any, reader: Any, jobs: Sequence[Job], how: How, meter: Meter) -> Iterator[Scored]:
     from graftkit.measuring.scoring import score_task
 
     for job in jobs:
@@ -120,7 +121,7 @@ def _computed(live: Any, tokenizer: Any, jobs: Sequence[Job], how: How, meter: M
             yield job.found
             continue
         start, score = time.perf_counter(), score_generated if job.task.kind in GENERATED else score_task
-        items: tuple[AnyItem, ...] = score(live, tokenizer, job.task, how.batch_tokens, meter.of(job))
+        items: tuple[AnyItem, ...] = score(live, reader, job.task, how.batch_tokens, meter.of(job))
         seconds = time.perf_counter() - start
         if job.name and how.cache is not None:
             cache.keep(how.cache, job.name, items, seconds)

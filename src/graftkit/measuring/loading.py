@@ -10,9 +10,10 @@ from typing import Any
 from graftkit.checkpoints.resolve import cache_directory, directory_of, open_source, split_task
 from graftkit.checkpoints.sources import read_json
 from graftkit.errors import CheckpointError, DataError, missing_extra
+from graftkit.execution.module import class_of, reader
 
 LiveModel = tuple[str, Any, Any]
-"""A name, a `transformers` causal language model, and its tokenizer."""
+"""A name, a `transformers` language model, and its tokenizer; of a vision-language model its processor."""
 
 ModelLike = str | Path | LiveModel
 """A checkpoint directory, a task of a unified model (`OUT#task`), an adapter directory, a hub id, or a live model."""
@@ -41,10 +42,11 @@ def is_adapter(source: str) -> bool:
 def opened(
     model: ModelLike, *, device: str, dtype: str, adapter_base: str | Path | None = None
 ) -> Iterator[tuple[Any, Any]]:
-    """A model in evaluation mode and its tokenizer; a live model stays where it is, and gets its mode back afterwards.
+    """A model in evaluation mode and its tokenizer, or its processor where it takes images; a live model stays where it
+    is, and gets its mode back afterwards.
 
     Raises CheckpointError where nothing can be loaded, GraftError where an adapter needs the extra `lora`, DataError
-    for a live model with learned prompts.
+    for a live model with learned prompts; GraftError for a device that is not there.
     """
     if not isinstance(model, tuple):
         live, tokenizer = _load(str(model), device, dtype, None if adapter_base is None else str(adapter_base))
@@ -89,16 +91,19 @@ def default_dtype(device: str) -> str:
 def _load(source: str, device: str, dtype: str, adapter_base: str | None) -> tuple[Any, Any]:
     import torch
 
+    from graftkit.execution.local import check_device
+
+    check_device(device)
     source = on_disk(source)
     if not is_adapter(source):
-        return _pretrained(source, dtype).to(device).eval(), _tokenizer(source)
+        return _pretrained(source, dtype).to(device).eval(), reader(source)
     base = adapter_base or read_json(Path(source) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{source}: this adapter does not name its base; give it as adapter_base")
     # The delta is added in float32 and rounded once, as a merge would do it.
     merged = _adapted(_pretrained(base, "float32"), source)
     has_tokenizer = (Path(source) / "tokenizer_config.json").is_file()
-    return merged.to(device=device, dtype=getattr(torch, dtype)).eval(), _tokenizer(source if has_tokenizer else base)
+    return merged.to(device=device, dtype=getattr(torch, dtype)).eval(), reader(source if has_tokenizer else base)
 
 
 def _unwrapped(model: Any) -> Any:
@@ -121,6 +126,7 @@ def _adapted(model: Any, adapter: str) -> Any:
 def _pretrained(source: str, dtype: str) -> Any:
     import torch
     import transformers
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     _refuse_missing(source)
@@ -129,21 +135,14 @@ def _pretrained(source: str, dtype: str) -> Any:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(source, **{key: getattr(torch, dtype)})
-    except OSError as error:
+        return class_of(transformers.AutoConfig.from_pretrained(source)).from_pretrained(
+            source, **{key: getattr(torch, dtype)}
+        )
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{source}: {_first_line(error)}") from error
     finally:
         if bars:
             logging.enable_progress_bar()
-
-
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}: no tokenizer: {_first_line(error)}") from error
 
 
 def _refuse_missing(source: str) -> None:
