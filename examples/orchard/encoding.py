@@ -75,7 +75,7 @@ def answer_tokens(batch: Batch) -> int:
 
 def summed_answer_loss(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     """Summed cross-entropy of the answer tokens; the vocabulary is only scored where one of them is predicted."""
-    outputs = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    outputs = model.model(**{name: value for name, value in batch.items() if name != "labels"})
     wanted = batch["labels"][:, 1:]
     counted = wanted != IGNORED
     scores = model.lm_head(outputs.last_hidden_state[:, :-1][counted])  # [answer tokens, vocabulary]
