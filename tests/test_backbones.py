@@ -137,6 +137,12 @@ def test_another_vlm_gives_its_backbone_alone(root: Path) -> None:
     assert any("visual" in n for n in plan(told).backbone.left[2])
 
 
+@pytest.mark.parametrize("expert", ["code", "vlm"])
+def test_a_text_model_in_the_place_of_the_vlm_is_refused(root: Path, expert: str) -> None:
+    with pytest.raises(PlanError, match="math.* is a text model: nothing of it lies outside"):
+        plan(recipe(root, expert, vlm=str(root / "math")))
+
+
 def test_layers_that_only_the_vlm_has_are_passed_over(root: Path) -> None:
     held = {}
     for name, tensor in loaded(root, "vlm").items():

@@ -200,7 +200,7 @@ def test_modules_that_do_nothing_stay_finite() -> None:
 
 def test_one_sample_and_one_module() -> None:
     found = compatibility([live()], task(1), resamples=50).fits[0]
-    assert found.normalised.low == found.normalised.high == pytest.approx(found.normalised.value)
+    assert found.normalised.low is found.normalised.high is None, "one sample says nothing of others"
     assert [spread.samples for spread in found.by_samples] == [1]
     raw, normalised = scores(np.array([[2.0, 0.25, 4.0]]))
     assert (raw, normalised) == (2.0 * 0.75 * 2.0, 0.5**2.5)  # nothing to scale by: 1/2 each
@@ -235,6 +235,15 @@ def test_the_bootstrap_draws_samples_alike_for_all_models() -> None:
     assert pair.normalised.value == pytest.approx((a.normalised.value + b.normalised.value) / 2)
     width = (pair.raw.high or 0) - (pair.raw.low or 0)
     assert 0 < width < max((one.raw.high or 0) - (one.raw.low or 0) for one in (a, b))
+
+
+@pytest.mark.parametrize("count", [1, 4, 9, 10])
+def test_few_samples_give_no_interval(count: int) -> None:
+    found = compatibility([live(0, "a"), live(1, "b")], task(count), resamples=30)
+    values = [v for one in (*found.fits, *found.pairs) for v in (one.raw, one.normalised)]
+    values += [spread.normalised for fit in found.fits for spread in fit.by_samples]
+    assert {value.low is None for value in values} == {value.high is None for value in values} == {count < 10}
+    assert ("none below 10" in found.table().note) == (count < 10)
 
 
 def test_more_samples_spread_less() -> None:

@@ -33,6 +33,7 @@ from graftkit.measuring.responses import Delta
 from graftkit.measuring.scoring import Scorer, choose_scorer
 from graftkit.methods.graft import graft_weights
 from graftkit.methods.signals import distance_of
+from graftkit.recipes.plan import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT on transformers 5
 
@@ -250,6 +251,16 @@ def test_an_interrupted_training_goes_on_to_the_same_end(tmp_path: Path) -> None
         other.run()
 
 
+def test_a_full_disk_and_no_epochs_are_one_sentence(tmp_path: Path) -> None:
+    made, _ = course(tmp_path, steps=2)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "state.pt.new").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="cannot be written .No space"):
+        made.run()
+    with pytest.raises(DataError, match="--epochs: got 0, expected a number above 0"):
+        Settings(rate=0.1, epochs=0)
+
+
 # From files to a merge
 
 
@@ -374,6 +385,17 @@ def test_training_may_start_from_a_solved_file(experts: dict, tmp_path: Path) ->
         learnable(gated(recipe), replace(form, size=8), "cpu")
 
 
+def test_starts_and_models_that_cannot_be_learnt_from_are_refused(experts: dict, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="^--start: .*nope.safetensors"):
+        learnable(
+            gated(graftkit.Recipe.model_validate(asked(experts))), Form(start=tmp_path / "nope.safetensors"), "cpu"
+        )
+    for models in ("adapters", "whole"):
+        twice = asked(experts, models=models) | {"models": experts[models][:1] * 2}
+        with pytest.raises(PlanError, match="do not differ in any matrix"):
+            learnable(gated(graftkit.Recipe.model_validate(twice)), Form(), "cpu")
+
+
 def test_activations_that_are_made_again_change_nothing(experts: dict, tmp_path: Path) -> None:
     recipe = graftkit.Recipe.model_validate(asked(experts))
     curves = []
@@ -403,6 +425,7 @@ def test_weights_may_learn_along_and_leave_as_adapters(experts: dict, tmp_path: 
     were = [load_file(Path(place) / "adapter_model.safetensors") for place in experts["adapters"][:2]]
     assert [{k: v.shape for k, v in one.items()} for one in held] == [{k: v.shape for k, v in o.items()} for o in were]
     assert all(not torch.equal(one[k], other[k]) for one, other in zip(held, were, strict=True) for k in one)
+    assert not any(str(experts["base"]) in note for note in plan(told).notes)
     graftkit.merge(found.recipe, tmp_path / "merged")
     with pytest.raises(PlanError, match="lets factors of adapters learn along"):
         learnable(gated(graftkit.Recipe.model_validate(asked(experts, models="whole"))), Form(weights=True), "cpu")
@@ -417,6 +440,7 @@ def test_the_command_tells_how_far_the_weights_moved(experts: dict, tmp_path: Pa
     done = CliRunner().invoke(app, line)
     assert done.exit_code == 0, done.output
     assert "w_b moved by" in done.output and "of 0.5" not in done.output
+    assert "2 examples were held out for the dev loss" in done.output
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert len(record["course"]["curve"]) == 3 and record["settings"]["steps"] == 3
     told = CliRunner().invoke(app, [*line[:3], str(tmp_path / "other"), *line[4:], "--preset", "graft-lora", "--json"])
@@ -450,6 +474,12 @@ def test_a_fold_goes_from_pair_to_pair(experts: dict, tmp_path: Path, models: st
     wanted = v[0] * (w[0] * held[0] + w[1] * held[1]) + v[1] * held[2]
     got = load_file(tmp_path / "merged" / "model.safetensors")[name].double()
     assert torch.allclose(got, wanted, atol=1e-5)
+    assert CliRunner().invoke(app, line).exit_code == 0
+    for changed, what in (([*line, "--samples", "1"], "settings"), ([*line[:-1], experts["tasks"][0]], "data")):
+        other = CliRunner().invoke(app, changed)
+        assert isinstance(other.exception, OutputError) and f"another {what}" in str(other.exception)
+    other = CliRunner().invoke(app, [*line[:3], experts["whole"][0], *line[4:]])
+    assert isinstance(other.exception, OutputError) and "holds no fold" in str(other.exception)
     if models == "adapters":
         rank = json.loads((tmp_path / "out" / "1" / "merged" / "adapter_config.json").read_text())["r"]
         assert rank == 2 + 3

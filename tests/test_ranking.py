@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import talker
 from graftkit.cli import app
 from graftkit.data import Item, Task
-from graftkit.errors import DataError, PlanError
+from graftkit.errors import DataError, OutputError, PlanError
 from graftkit.improving import ranking_rule as rule
 from graftkit.improving.ranking import experts_in, rank
 from graftkit.improving.ranking_weights import weigh
@@ -269,6 +269,38 @@ def test_the_command(family: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     assert factors == sorted(factors, reverse=True) and kept["compatibility"]["fits"]
 
 
+def test_what_exists_is_not_written_into(family: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for rank_ in ([], ["--rank"]):
+        done = invoke(*rank_, family["noise"], family["full"], "-d", "no-such.jsonl", "--out", tmp_path / "out")
+        assert isinstance(done.exception, OutputError) and "out: exists already" in str(done.exception)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    file = tmp_path / "talk.jsonl"
+    file.write_bytes(json.dumps({"prompt": "the cat", "answer": " sat"}).encode())
+    done = invoke(family["base"], "-d", file, "--out", tmp_path / "out", "--resamples", 0)
+    assert isinstance(done.exception, OutputError) and "No space left" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
+
+
+def test_an_adapter_of_another_base_is_refused_unless_accepted(family: dict[str, Path], tmp_path: Path) -> None:
+    other = adapter(tmp_path / "other", talker.tiny(), 3)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/models/elsewhere"}))
+    given = ([family["noise"], other], [task(3)])
+    with pytest.raises(PlanError, match="other: was trained on '/models/elsewhere', .*say --accept-base"):
+        rank(*given, base=family["base"], resamples=0)
+    assert len(rank(*given, base=family["base"], resamples=0, accept_base=True).experts) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -276,6 +308,7 @@ def test_the_command(family: dict[str, Path], tmp_path: Path, monkeypatch: pytes
         (["--of", "inputs"], "--of"),
         (["--rank", "--part", "mlp"], "leave out --part"),
         (["--by", "cosine"], "add --rank"),
+        (["--accept-base"], "add --rank"),
     ],
 )
 def test_the_command_refuses(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -176,6 +176,9 @@ def test_a_section_by_role_and_by_logarithm():
         ({"weight": {"gradient": 1}}, "2 to 16 points"),
         ({"svc.x": {}}, "part of this recipe"),
         ({"scale": {"low": 0, "high": math.inf}}, "high is missing"),
+        ({"weight": {"low": math.nan}}, "low: got nan, expected a number"),
+        ({"weight": {"values": []}}, "at least one value"),
+        ({"weight": {"values": [0.5], "low": 0}}, "beside low, expected"),
     ],
 )
 def test_sections_that_cannot_be_meant(section, message):
@@ -228,6 +231,33 @@ def test_a_study_that_is_killed_ends_with_the_same_trials(tmp_path, name):
     assert started(tmp_path / "killed", name, budget, 0).wait() == 0
     assert trials(tmp_path / "killed", name, budget) == trials(tmp_path / "whole", name, budget)
     assert [number for number, *_ in trials(tmp_path / "killed", name, budget)] == list(range(budget))
+
+
+@pytest.mark.parametrize("cut", [1, 0.9, 0.5, 0.2, 0.02])
+def test_a_journal_that_is_cut_in_its_last_line_goes_on(tmp_path, cut):
+    """By a full disk, or a kill within a write; a worker that lives goes on behind it too."""
+
+    def study(name):
+        return Study(tmp_path / name, plane(), Settings("random", 6, 5), {"name": "random"})
+
+    def run(recipe, best):
+        return Trial(quadratic((recipe.knobs["a0"], recipe.knobs["a1"]), (0.4, 0.7)), {}, 0, 0)
+
+    def found(study):
+        return [(kept.number, kept.values, kept.score) for kept in study.finished()]
+
+    whole = study("whole")
+    whole.work(run)
+    text, journal = (tmp_path / "whole" / "study.journal").read_bytes(), tmp_path / "cut" / "study.journal"
+    place = len(text) - 1 if cut == 1 else int(cut * len(text))
+    place -= text[place - 1 : place] == b"\n"
+    (tmp_path / "cut" / "workers").mkdir(parents=True)
+    journal.write_bytes(text[:place])
+    again = study("cut")
+    with journal.open("ab") as file:
+        file.write(b'{"op_code":5,"wor')
+    again.work(run)
+    assert found(again) == found(study("cut")) == found(whole) and len(found(whole)) == 6
 
 
 def test_several_processes_on_one_study(tmp_path):
@@ -347,6 +377,12 @@ def test_worst_each_and_raw(family, tmp_path):
         int(path.stem) for path in (tmp_path / "each" / "front").iterdir()
     }
     assert raw.score < 0  # losses, signed
+
+
+def test_a_weight_of_no_task_is_refused(family, tmp_path):
+    with pytest.raises(RecipeError, match="--weight: .*did you mean 'cats'"):
+        searched(family, tmp_path / "out", budget=2, weights={"cat": 2.0})
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_workers_with_a_model_each(family, tmp_path):

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 import graftkit
 import talker
 import tiny
-from graftkit.checkpoints.statistics import all_statistics, open_statistics
+from graftkit.checkpoints.statistics import About, all_statistics, open_statistics, write_statistics
 from graftkit.cli import app
-from graftkit.errors import DataError, PlanError
+from graftkit.errors import CheckpointError, DataError, NonFiniteError, OutputError, PlanError
 from graftkit.measuring.activations import Listener, batches, linear_layers, run
 from graftkit.measuring.encoding import Row
 from graftkit.measuring.layerwise import Layers
@@ -341,7 +342,7 @@ def test_little_memory_means_layer_by_layer_and_the_same_moments(
         np.testing.assert_allclose(open_statistics(again.file).values(name), moments, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", ["block:16", "sketch:64"])
+@pytest.mark.parametrize("form", ["block:16", "sketch:48"])
 def test_cheap_forms_merge_by_what_they_keep(experts: dict, tmp_path: Path, form: str) -> None:
     path, name = recipe(experts, "whole", "regmean", tmp_path / "r", output={"dtype": "float32"}), "model.layers.0"
     full = [open_statistics(one.file).values(f"{name}.mlp.down_proj.weight") for one in collect(path, device="cpu")]
@@ -464,3 +465,50 @@ def test_what_cannot_be_meant_is_refused(experts: dict, tmp_path: Path) -> None:
         collect(recipe(experts, "whole", "regmean", tmp_path / "r"), form="blocks")
     with pytest.raises(PlanError, match="scales deltas; name the models' `base`"):
         plan({"method": "regmean", "models": experts["whole"], "knobs": {"scale": 0.5}})
+
+
+def test_a_file_where_the_directory_should_be_is_said(tmp_path: Path) -> None:
+    (tmp_path / "statistics").write_text("")
+    with pytest.raises(OutputError, match=r"a\.safetensors: cannot be written"):
+        write_statistics(tmp_path / "statistics" / "a.safetensors", About("gram", "m"), {"w": np.zeros((2, 2), "f4")})
+
+
+@pytest.mark.parametrize("form", ["block:99999", "block:49", "sketch:999"])
+def test_a_form_that_is_larger_than_the_widest_layer_is_refused(experts: dict, tmp_path: Path, form: str) -> None:
+    with pytest.raises(DataError, match=f"--gram: {form} is larger than the widest layer, of 48 inputs; take full"):
+        collect(recipe(experts, "whole", "regmean", tmp_path / "r"), form=form)
+    assert not (tmp_path / "r" / "statistics").exists()
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus", "fisher"])
+@pytest.mark.parametrize("tensor", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_model_with_nan_in_its_weights_is_not_measured(
+    experts: dict, tmp_path: Path, method: str, tensor: str
+) -> None:
+    file = Path(experts["whole"][1]) / "model.safetensors"
+    broken = weights(file.parent)
+    broken[tensor].view(-1)[3] = float("nan")
+    save_file(broken, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match=f"two-whole.*{tensor}.* (NaN or infinite|NaN or infinity)"):
+        collect(recipe(experts, "whole", method, tmp_path / "r"), device="cpu")
+    assert "two-whole" not in "".join(path.name for path in (tmp_path / "r").rglob("*"))
+
+
+def test_values_that_are_not_finite_are_not_kept(tmp_path: Path) -> None:
+    """Activations may overflow where all weights are finite."""
+    values = {"w": np.array([[1.0, np.inf]], "f4")}
+    with pytest.raises(NonFiniteError, match=r"a\.gram\.safetensors: what was measured for 'w' is not finite"):
+        write_statistics(tmp_path / "a.gram.safetensors", About("gram", "m"), values)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:700], lambda whole: whole[:-5], lambda whole: b"hello"])
+def test_a_damaged_file_is_said_to_be_removed(experts: dict, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    path, files = made(experts, "whole", "regmean", tmp_path / "r")
+    first = next(iter(files.values())).file
+    first.write_bytes(damage(first.read_bytes()))
+    for again in (collect, plan):
+        with pytest.raises(CheckpointError, match=r"one-whole.gram.safetensors: .*; remove it, and run `graft stat"):
+            again(path)
+    first.unlink()
+    assert [one.reused for one in collect(path, device="cpu")] == [False, True]

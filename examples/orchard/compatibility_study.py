@@ -230,8 +230,8 @@ def single_fits(names: Sequence[str]) -> dict[str, dict[str, Any]]:
             drawn = resampled(one.statistics.values, 1000, SEED, skill)
             raw, scaled = scores(one.statistics.values.mean(axis=0))
             made[name][skill] = {
-                "raw": with_interval(float(raw), drawn[0]).to_dict(),
-                "normalised": with_interval(float(scaled), drawn[1]).to_dict(),
+                "raw": with_interval(float(raw), drawn[0], len(one.statistics.values)).to_dict(),
+                "normalised": with_interval(float(scaled), drawn[1], len(one.statistics.values)).to_dict(),
             }
     return made
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from graftkit.checkpoints.headers import TensorInfo, encode_header, read_header
 from graftkit.checkpoints.sources import Checkpoint, fingerprint
-from graftkit.errors import CheckpointError, OutputError
+from graftkit.errors import CheckpointError, NonFiniteError, OutputError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -129,9 +129,17 @@ def open_statistics(file: Path) -> Statistics:
 
 
 def all_statistics(directory: Path) -> Iterator[Statistics]:
-    """Every file of statistics in a directory, by name; other files are passed by."""
+    """Every file of statistics in a directory, by name; other files are passed by.
+
+    Raises CheckpointError for a file that is damaged.
+    """
     for file in sorted(directory.glob(f"*{ENDING}")) if directory.is_dir() else ():
-        if read_header(file)[1].get("format") == FORMAT:
+        try:
+            told = read_header(file)[1]
+        except CheckpointError as error:
+            fault = str(error).rpartition("; ")[0] or str(error)
+            raise CheckpointError(f"{fault}; remove it, and run `graft statistics` to measure anew") from error
+        if told.get("format") == FORMAT:
             yield open_statistics(file)
 
 
@@ -139,11 +147,19 @@ def all_statistics(directory: Path) -> Iterator[Statistics]:
 class Writer:
     """A file in the making: tensors come in any order."""
 
+    file: Path
     handle: BinaryIO
     offsets: Mapping[str, int]
 
     def put(self, name: str, values: np.ndarray) -> None:
-        """Writes one tensor, whose dtype and shape were announced."""
+        """Writes one tensor, whose dtype and shape were announced. Raises NonFiniteError for values that are none."""
+        import numpy as np
+
+        if not np.isfinite(values).all():
+            raise NonFiniteError(
+                f"{self.file}: what was measured for {name!r} is not finite, so nothing is written; the model is "
+                "broken, or breaks on these examples"
+            )
         self.handle.seek(self.offsets[name])
         self.handle.write(values.tobytes())
 
@@ -161,7 +177,7 @@ def writing(file: Path, about: About, layout: Sequence[tuple[str, str, tuple[int
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as handle:
             handle.write(head)
-            yield Writer(handle, offsets)
+            yield Writer(file, handle, offsets)
             handle.seek(0)
             handle.write(encode_header(list(layout), _told(about, time.perf_counter() - started))[0])
         part.replace(file)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from graftkit.improving.ranking import Ranking
     from graftkit.measuring.compatibility import Compatibility
 
+    Bar = Callable[[str, int, int], None]
+
 PARTS, KINDS = ("all", "attention", "mlp"), ("outputs", "contribution")
 Places = list[str]
 
@@ -40,6 +42,9 @@ def compatibility(
         float, typer.Option(min=0, max=1, help="--rank: of compatibility, against the expert's own score.")
     ] = 0.5,
     base: Annotated[str | None, typer.Option(help="What adapters stand on; with --rank, every expert.")] = None,
+    accept_base: Annotated[
+        bool, typer.Option("--accept-base", help="--rank: adapters may name another base than --base.")
+    ] = False,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each data set, at most.")] = 64,
     part: Annotated[str, typer.Option(help="Projections that count: all, attention or mlp.")] = "all",
     of: Annotated[str, typer.Option(help="Their outputs, or an adapter's own contribution.")] = "outputs",
@@ -57,52 +62,50 @@ def compatibility(
     """
     from graftkit.cli import console
 
-    _check(part, of, rank, bool(tasks) or by != "two_factor" or weight != 0.5)
+    _check(part, of, out)
+    rankings: dict[str, Any] = {"tasks": tasks or (), "by": by, "weight": weight, "accept_base": accept_base}
+    _check_ranking(rank, rankings, (part, of))
     console.quiet_libraries(threads)
     options: dict[str, Any] = {
         "samples": samples, "epsilon": epsilon, "resamples": resamples, "seed": seed, "device": device, "base": base,
     }  # fmt: skip
     with console.progress("samples") as bar:
-        if rank:
-            found: Any = _ranked(
-                models, data, options | {"tasks": tasks or (), "by": by, "weight": weight}, bar, threads
-            )
-        else:
-            from graftkit.measuring.compatibility import compatibility as measure
-
-            found = measure(models, data, part=part, of=of, progress=bar, **options)  # type: ignore[arg-type]
+        more = rankings if rank else {"part": part, "of": of}
+        found = (_ranked if rank else _measured)(models, data, options | more, bar, threads)
     if out is not None:
         _write(found, out, rank)
     if json:
         console.print_json(found.to_dict())
-        return
-    for table in found.tables():
-        console.print_table(table)
-    for reason in found.reasons if rank else ():
-        typer.echo(reason)
-    if out is not None:
-        typer.echo(f"{out}: the JSON and the pictures")
+    else:
+        _show(found, out)
 
 
-def _check(part: str, of: str, rank: bool, ranking: bool) -> None:
-    from graftkit.errors import GraftError, unknown
+def _check(part: str, of: str, out: Path | None) -> None:
+    from graftkit.errors import GraftError, OutputError, unknown
 
     for option, value, known in (("--part", part, PARTS), ("--of", of, KINDS)):
         if value not in known:
             raise GraftError(f"{option}: {unknown('value', value, known)}")
-    if rank and (part, of) != ("all", "outputs"):
+    if out is not None and out.exists():
+        raise OutputError(f"{out}: exists already; choose another name")
+
+
+def _check_ranking(rank: bool, given: dict[str, Any], measured: tuple[str, str]) -> None:
+    from graftkit.errors import GraftError
+
+    if rank and measured != ("all", "outputs"):
         raise GraftError("--rank looks at the outputs of all projections; leave out --part and --of")
-    if ranking and not rank:
-        raise GraftError("--tasks, --by and --weight are for a ranking; add --rank, or leave them out")
+    if not rank and given != {"tasks": (), "by": "two_factor", "weight": 0.5, "accept_base": False}:
+        raise GraftError("--tasks, --by, --weight and --accept-base are for a ranking; add --rank, or leave them out")
 
 
-def _ranked(
-    models: list[str],
-    data: list[str],
-    options: dict[str, Any],
-    bar: Callable[[str, int, int], None],
-    threads: int | None,
-) -> Ranking:
+def _measured(models: Places, data: Places, options: dict[str, Any], bar: Bar, threads: int | None) -> Compatibility:
+    from graftkit.measuring.compatibility import compatibility as measure
+
+    return measure(models, data, progress=bar, **options)
+
+
+def _ranked(models: Places, data: Places, options: dict[str, Any], bar: Bar, threads: int | None) -> Ranking:
     import os
 
     from graftkit.checkpoints.resolve import cache_directory
@@ -113,14 +116,34 @@ def _ranked(
 
 
 def _write(found: Compatibility | Ranking, out: Path, rank: bool) -> None:
-    from graftkit.cli import console
+    """All of it or nothing: it stands under its name once everything is there."""
+    import json
+    import os
+    import shutil
+
     from graftkit.errors import OutputError
     from graftkit.reporting import compatibility as pictures
 
     made = pictures.of_ranking(found) if rank else pictures.pictures(found)  # type: ignore[arg-type]
-    console.write_json(out / ("ranking.json" if rank else "compatibility.json"), found.to_dict())
+    made["ranking.json" if rank else "compatibility.json"] = json.dumps(found.to_dict(), ensure_ascii=False) + "\n"
+    draft = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        for name, svg in made.items():
-            (out / name).write_text(svg, encoding="utf-8")
+        draft.mkdir(parents=True)
+        for name, text in made.items():
+            (draft / name).write_text(text, encoding="utf-8")
+        draft.rename(out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _show(found: Compatibility | Ranking, out: Path | None) -> None:
+    from graftkit.cli import console
+
+    for table in found.tables():
+        console.print_table(table)
+    for reason in getattr(found, "reasons", ()):
+        typer.echo(reason)
+    if out is not None:
+        typer.echo(f"{out}: the JSON and the pictures")

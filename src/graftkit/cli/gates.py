@@ -260,6 +260,8 @@ def _lines(found: Trained) -> list[str]:
     ]
     if found.sharpness is not None:
         lines.append(f"sharpness {found.sharpness:.4g}, in the recipe")
+    if found.held_out:
+        lines.append(f"{found.held_out} examples were held out for the dev loss; at most a quarter of a domain's are")
     if course.first is not None and course.best is not None:
         ended = "ended as it no longer fell" if course.stopped else "ran to the end"
         lines.append(f"dev loss {course.first:.4f} -> {course.best:.4f} at step {course.best_step}; {ended}")

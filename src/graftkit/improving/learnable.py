@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,9 +75,18 @@ def learnable(asked: Gated, form: Form, device: str, seed: int = 0) -> Learnable
         matrices[step.key] = Matrix(
             step.method, step.knobs, _signals(asked, step).to(device), torch.from_numpy(start).float().to(device)
         )
+    _check_differ(asked, deltas)
     sharpness = _sharpness(asked) if form.sharpness else None
     gating = Gating(Phi(chosen, features, seed), matrices, kind, sharpness)
     return Learnable(asked, deltas, gating.to(device), form.size)
+
+
+def _check_differ(asked: Gated, deltas: Mapping[str, Sequence[Delta]]) -> None:
+    """Refuses models of which any mixture is the same."""
+    nothing = all(delta.right is None for own in deltas.values() for delta in own)
+    one = not asked.free and len({named.source.directory.resolve() for named in asked.models}) == 1
+    if nothing or one:
+        raise PlanError("recipe.models: they do not differ in any matrix, so nothing can be learnt; name other models")
 
 
 def _grid(shape: Sequence[int], size: int) -> tuple[int, ...]:
@@ -91,7 +100,10 @@ def _starts(asked: Gated, form: Form) -> dict[str, np.ndarray]:
     """The values of the file that a training starts from, which must be one that the recipe could merge by."""
     if form.start is None:
         return {}
-    held = plan(asked.plan.recipe.model_copy(update={"gates": str(form.start.resolve())})).gates
+    try:
+        held = plan(asked.plan.recipe.model_copy(update={"gates": str(form.start.resolve())})).gates
+    except PlanError as error:
+        raise PlanError(f"--start: {str(error).removeprefix('recipe.gates: ')}") from error
     assert held is not None
     if (held.granularity, held.size) != granularity_of(form.size):
         grid = " of ".join(map(str, granularity_of(form.size)))

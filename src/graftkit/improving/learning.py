@@ -6,6 +6,7 @@ drop out: they run as in evaluation.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import random
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graftkit.errors import NonFiniteError, OutputError
+from graftkit.errors import DataError, NonFiniteError, OutputError
 from graftkit.measuring.activations import padded
 from graftkit.measuring.encoding import Row
 from graftkit.measuring.scoring import Scorer, batches
@@ -47,6 +48,10 @@ class Settings:
     every: int = 20
     patience: int = 3
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and not self.epochs > 0:
+            raise DataError(f"--epochs: got {self.epochs:g}, expected a number above 0")
 
     def steps_for(self, examples: int) -> int:
         """The number of optimiser steps for so many examples."""
@@ -243,9 +248,11 @@ class Training:
         told = {**self.course.record(), "curve": [list(point) for point in self.course.curve]}
         state = {"digest": self.digest, "course": told, "now": self._values(), "best": self.best}
         state |= {"optimiser": self.optimiser.state_dict(), "schedule": self.schedule.state_dict()}
+        held = io.BytesIO()  # torch tells of a full disk by an error of its own
+        torch.save(state, held)
         try:
             self.keep.mkdir(parents=True, exist_ok=True)
-            torch.save(state, self.keep / f"{STATE}.new")
+            (self.keep / f"{STATE}.new").write_bytes(held.getbuffer())
             os.replace(self.keep / f"{STATE}.new", self.keep / STATE)
         except OSError as error:
             raise OutputError(f"{self.keep}: cannot be written ({error.strerror})") from error

@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from graftkit.checkpoints.adapters import Adapter
+from graftkit.checkpoints.resolve import directory_of, open_source, split_task
 from graftkit.checkpoints.sources import read_json
 from graftkit.data.tasks import Task, load_tasks
-from graftkit.errors import DataError, unknown
+from graftkit.errors import DataError, PlanError, unknown
 from graftkit.improving import ranking_rule as rule
 from graftkit.improving.ranking_pairs import pair_values
 from graftkit.improving.ranking_weights import Weighed, weigh
@@ -26,6 +28,7 @@ from graftkit.measuring.loading import default_device, default_dtype, is_adapter
 from graftkit.measuring.predictors import deltas
 from graftkit.measuring.predictors_observing import Observed, observe
 from graftkit.measuring.table import Cell, Column, Table
+from graftkit.recipes.inputs import Named, stands_on
 
 SHOWN = ("two_factor", "compatibility", "proficiency", "headroom", "interference")
 """The predictors that the table of pairs shows; the JSON has all."""
@@ -98,6 +101,7 @@ def rank(
     data: Task | str | Path | Sequence[Task | str | Path],
     *,
     base: str | Path | None = None,
+    accept_base: bool = False,
     tasks: Sequence[Task | str | Path] = (),
     by: str = "two_factor",
     weight: float = 0.5,
@@ -115,8 +119,9 @@ def rank(
 
     `models`: experts, or folders of them. `data`: the target's data sets, at most `samples` of each. `tasks`: what
     experts are scored by, by default the data sets. `base`: what the experts were fine-tuned from (by default the one
-    that adapters name). `weight`: of compatibility, against the expert's own score. `by`: the predictor that orders the
-    pairs. `cache`: as for `evaluate`. Full models' deltas are held in memory.
+    that adapters name; `accept_base` if adapters name another one). `weight`: of compatibility, against the expert's
+    own score. `by`: the predictor that orders the pairs. `cache`: as for `evaluate`. Full models' deltas are held in
+    memory.
 
     Raises DataError for fewer than two experts and an unknown predictor, PlanError for models that do not fit the base.
     """
@@ -124,6 +129,8 @@ def rank(
     if by not in rule.PREDICTORS:
         raise DataError(f"--by: {unknown('predictor', by, rule.PREDICTORS)}")
     names, stem, targets = model_names(places), _base(places, base), loaded(data, samples)
+    if not accept_base:
+        _check_base(places, stem)
     device = device or default_device()
     scores, own = _proficiency(names, places, stem, load_tasks(list(tasks)) or targets, device, cache)
     homes = _homes(own, None if tasks else len(targets))
@@ -170,6 +177,27 @@ def _base(places: Sequence[str], base: str | Path | None) -> str:
     if len(adapters) < len(places) or len(named) != 1 or not next(iter(named)):
         raise DataError("a ranking compares what experts changed; give what they were fine-tuned from as --base")
     return str(named.pop())
+
+
+def _check_base(places: Sequence[str], base: str) -> None:
+    """Refuses adapters that name a base of another name, as a merge does."""
+    stem = _named(base, "base")
+    for place in filter(is_adapter, places):
+        expert = _named(place, "model")
+        recorded = expert.source.base_name if isinstance(expert.source, Adapter) else ""
+        if recorded and not stands_on(expert, stem):
+            raise PlanError(
+                f"{place}: was trained on {recorded!r}, the base of the ranking is {base!r}; if they are the same "
+                "weights, say --accept-base"
+            )
+
+
+def _named(place: str, role: str) -> Named:
+    """Its header alone; closed at once."""
+    model, task = split_task(place, Path())
+    source = open_source(directory_of(model, Path()), task=task)
+    source.close()
+    return Named(place, role, source, "")
 
 
 def _proficiency(

@@ -19,7 +19,7 @@ from typing import Any
 
 import graftkit
 from graftkit.data.tasks import Task, load_tasks, sample
-from graftkit.errors import OutputError, RecipeError
+from graftkit.errors import OutputError, RecipeError, unknown
 from graftkit.execution.live import Live
 from graftkit.improving import optimisers
 from graftkit.improving.search_objective import Objective, Parts, Trial, check_goal
@@ -120,6 +120,7 @@ class _Work:
         goals = tuple(task.name for task in self.tasks) if wanted.goal == "each" else ("score",)
         optimisers.check(wanted.optimizer, goals)
         check_goal(wanted.goal, self.tasks)
+        _check_weights(wanted.weights, [task.name for task in self.tasks])
         self.live = Live.open(self.space.recipe, dtype=wanted.dtype, device=wanted.device, workers=wanted.threads)
         self.objective = Objective(self.live, self.tasks, wanted.goal, wanted.weights, {}, wanted.device)
         self._best: tuple[int, Parts] | None = None
@@ -181,6 +182,12 @@ class _Work:
         if self._best is None or self._best[0] != best.number:
             self._best = best.number, self.objective.parts(self.space.recipe_of(best.values))
         return self.objective(recipe, self._best[1])[0]
+
+
+def _check_weights(weights: Mapping[str, float], tasks: Sequence[str]) -> None:
+    for name in weights:
+        if name not in tasks:
+            raise RecipeError(f"--weight: {unknown('task', name, tasks)}")
 
 
 def _finish(work: _Work, told: Told) -> Found:

@@ -214,6 +214,12 @@ def _axes(recipe: Recipe, name: str, knob: Knob, given: Mapping[str, Any]) -> It
 def _form(knob: Knob, given: Mapping[str, Any], where: str) -> tuple[float, float, bool, bool, tuple[Value, ...]]:
     """Low, high, whole, log and values."""
     if "values" in given:
+        beside = [key for key in ("low", "high", "log") if key in given]
+        if not isinstance(given["values"], list) or not given["values"] or beside:
+            also = f" beside {', '.join(beside)}" if beside else ""
+            raise RecipeError(
+                f"{where}: got values {given['values']!r}{also}, expected a list of at least one value, or low and high"
+            )
         values = tuple(knob.check(value, f"{where}.values") for value in given["values"])
         return 0.0, 1.0, False, False, values
     if knob.kind not in ("number", "integer"):
@@ -221,7 +227,9 @@ def _form(knob: Knob, given: Mapping[str, Any], where: str) -> tuple[float, floa
     low, high = knob.range.search or (knob.range.low, knob.range.high)
     low, high = given.get("low", low), given.get("high", high)
     for key, value in (("low", low), ("high", high)):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
+        if key in given and (not isinstance(value, (int, float)) or math.isnan(value)):
+            raise RecipeError(f"{where}.{key}: got {value!r}, expected a number")
+        if not math.isfinite(value):
             raise RecipeError(f"{where}: {key} is missing, expected a number ({knob.name} has no end of its own there)")
         knob.check(value, f"{where}.{key}")
     log = bool(given.get("log", False))

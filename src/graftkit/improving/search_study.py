@@ -125,7 +125,7 @@ class Study:
     def work(self, run: Run, told: Callable[[int], None] = lambda done: None) -> None:
         """Carries out trials until the budget is used up; those first that a killed worker has left behind."""
         with self._at_work() as name:
-            for trial in self._left_behind():
+            for trial in self._left_behind(name):
                 self._carry_out(trial, run, name)
                 told(len(self.finished()))
             while len(self._study.get_trials(deepcopy=False)) < self.settings.budget:
@@ -169,19 +169,20 @@ class Study:
             yield name
         (self.directory / WORKERS / name).unlink(missing_ok=True)
 
-    def _left_behind(self) -> list[Any]:
-        """Unfinished trials whose worker is no more, ready to be carried out."""
+    def _left_behind(self, name: str) -> list[Any]:
+        """Unfinished trials whose worker is no more, ready to be carried out by the one of that name."""
         from optuna.trial import Trial as Suggesting
 
         with _locked(self.directory / "study.lock"):
             found = []
             for trial in self._study.get_trials(deepcopy=False):
                 worker = trial.user_attrs.get("worker")
-                if not trial.state.is_finished() and not (worker and _is_alive(self.directory / WORKERS / worker)):
+                alive = worker not in (None, name) and _is_alive(self.directory / WORKERS / worker)
+                if not trial.state.is_finished() and not alive:
                     again = Suggesting(self._study, trial._trial_id)
                     for name, spread in optimisers.distributions(self.space).items():
                         again._suggest(name, spread)
-                    again.set_user_attr("worker", f"{os.uname().nodename}-{os.getpid()}")
+                    again.set_user_attr("worker", name)
                     found.append(again)
             return found
 
@@ -212,17 +213,28 @@ class _Lock:
     minute."""
 
     def __init__(self, file: str) -> None:
-        self._file, self._held = f"{file}.lock", threading.local()
+        self._file, self._held = Path(file), threading.local()
 
     def acquire(self) -> bool:
-        """Waits for the lock."""
-        self._held.lock = _locked(Path(self._file))
+        """Waits for the lock, and takes away what a worker left of a line that it could not write to its end."""
+        self._held.lock = _locked(Path(f"{self._file}.lock"))
         self._held.lock.__enter__()
+        _cut_to_lines(self._file)
         return True
 
     def release(self) -> None:
         """Lets it go."""
         self._held.lock.__exit__(None, None, None)
+
+
+def _cut_to_lines(file: Path) -> None:
+    """Cuts a journal back to its last newline: behind half a line the next one could not be read."""
+    with open(file, "r+b") as journal:
+        end = place = journal.seek(0, os.SEEK_END)
+        while place and (journal.seek(place - 1), journal.read(1))[1] != b"\n":
+            place -= 1
+        if place < end:
+            journal.truncate(place)
 
 
 @contextmanager

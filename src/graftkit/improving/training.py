@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from graftkit.data.tasks import Task, sample
@@ -55,7 +55,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Trained:
-    """What was learnt: where the recipe stands, the course, numbers learnt, and what became of the weights w_b."""
+    """What was learnt: where the recipe stands, the course, numbers learnt, what became of the weights w_b, and how many
+    examples of --data were held out."""
 
     recipe: Path
     kind: str
@@ -64,6 +65,7 @@ class Trained:
     sharpness: float | None
     change: Change
     course: Course
+    held_out: int = 0
 
 
 def train(
@@ -105,7 +107,8 @@ def train(
     change = _change(before, _coefficients(made.gating))
     gating = made.gating
     kinds = gating.kind, gating.phi.kind, gating.phi.size
-    found = Trained(out / RECIPE, *kinds, gating.sharpness, change, course)
+    held = 0 if looked else sum(map(len, seen))
+    found = Trained(out / RECIPE, *kinds, gating.sharpness, change, course, held)
     _write(made, found, keep, out, factors, _record(found, settings, form, tasks, looked))
     return found
 
@@ -235,7 +238,7 @@ def _write(
             write(moved, keep, values, gating.kind if free else "weight", moved=(keep, out), about=about)
         else:
             write(made.asked, keep, values, gating.kind, **given)
-        save_file({n: v.contiguous() for n, v in gating.state_dict().items() if v.numel()}, keep / PHI)
+        (keep / PHI).write_bytes(save({n: v.contiguous() for n, v in gating.state_dict().items() if v.numel()}))
         (keep / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         (keep / STATE).unlink(missing_ok=True)
         keep.rename(out)

@@ -39,7 +39,7 @@ def tuned(asked: Gated, factors: Mapping[str, Sequence[Delta]], place: Path) -> 
 
 def _saved(asked: Gated, k: int, factors: Mapping[str, Sequence[Delta]], place: Path) -> str:
     """One adapter with its own configuration, in a directory of its name."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file, save
 
     adapter = asked.models[k].source
     assert isinstance(adapter, Adapter)
@@ -59,5 +59,5 @@ def _saved(asked: Gated, k: int, factors: Mapping[str, Sequence[Delta]], place: 
         scale = pair.scale or 1.0
         held[pair.a.name] = (a / (scale if pair.transposed else 1)).contiguous()
         held[pair.b.name] = (b / (1 if pair.transposed else scale)).contiguous()
-    save_file(held, directory / WEIGHTS, metadata={"format": "pt"})
+    (directory / WEIGHTS).write_bytes(save(held, metadata={"format": "pt"}))
     return str(directory.resolve())

@@ -32,6 +32,7 @@ from graftkit.measuring.compatibility_observing import (
     statistics,
 )
 from graftkit.measuring.compatibility_scores import (
+    LEAST,
     Spread,
     by_samples,
     normalised_parts,
@@ -72,7 +73,7 @@ class Module:
 @dataclass(frozen=True)
 class Fit:
     """One model on one data set: its score (14), raw and normalised, with 95% intervals over resampled samples; how the
-    normalised one depends on the number of samples; and every module."""
+    normalised one depends on the number of samples; and every module. Fewer than 10 samples give no intervals."""
 
     model: str
     data: str
@@ -122,7 +123,12 @@ class Compatibility:
         for one, other in combinations(self.models, 2):
             rows.append((f"{one} + {other}", *(self.pair(one, other, d).normalised for d in self.data)))
         counts = ", ".join(f"{name}: {self.fit(self.models[0], name).samples}" for name in self.data)
-        note = f"equation 14, normalised; 95% intervals over resampled samples ({counts}); a pair has its models' mean"
+        few = any(self.fit(self.models[0], name).samples < LEAST for name in self.data)
+        none = f", none below {LEAST}" * few
+        note = (
+            f"equation 14, normalised; 95% intervals over resampled samples ({counts}){none}; a pair has its models' "
+            "mean"
+        )
         return Table(columns, tuple(rows), title="compatibility", note=note)
 
     def tables(self) -> tuple[Table, ...]:
@@ -293,9 +299,10 @@ def _fit(model: str, data: str, own: Statistics, drawn: Any, resamples: int, see
         )
         for name, limit, parts, rho, scaled in each
     )
+    count = len(own.values)
     return Fit(
-        model, data, len(own.values), sum(own.tokens), with_interval(float(raw), drawn[0]),
-        with_interval(float(normalised), drawn[1]), by_samples(own.values, min(resamples, 500), seed), modules,
+        model, data, count, sum(own.tokens), with_interval(float(raw), drawn[0], count),
+        with_interval(float(normalised), drawn[1], count), by_samples(own.values, min(resamples, 500), seed), modules,
     )  # fmt: skip
 
 
@@ -307,7 +314,11 @@ def _pairs(
             both = [(name, task.name) for name in (one, other)]
             found = [scores(held[key].values.mean(axis=0)) for key in both]
             values = [
-                with_interval(float(found[0][k] + found[1][k]) / 2, (drawn[both[0]][k] + drawn[both[1]][k]) / 2)
+                with_interval(
+                    float(found[0][k] + found[1][k]) / 2,
+                    (drawn[both[0]][k] + drawn[both[1]][k]) / 2,
+                    len(held[both[0]].values),
+                )
                 for k in (0, 1)
             ]
             yield PairFit((one, other), task.name, *values)

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graftkit.measuring.resampling import CONFIDENCE, interval, resampled_sums
+from graftkit.measuring.resampling import interval, resampled_sums
 from graftkit.measuring.table import Value
 
 Array = NDArray[np.float64]
 
 ALIKE = 1e-9  # of the greatest: modules whose values lie closer than this do not differ
+LEAST = 10  # samples below which resampling says too little about others for an interval
 MIDDLE = 0.5  # what each of such modules gets
 _AT_ONCE = 500  # resamples whose modules are held in memory
 
@@ -70,26 +71,24 @@ def resampled(samples: Array, resamples: int, seed: int, key: str) -> tuple[Arra
     return found[0], found[1]
 
 
-def with_interval(value: float, drawn: Array) -> Value:
-    """A value with the interval of its resamples; none where there are not two."""
-    return Value(float(value), *interval(drawn)) if len(drawn) > 1 else Value(float(value))
+def with_interval(value: float, drawn: Array, count: int) -> Value:
+    """A value with the interval of its resamples; none where there are not two, or fewer than 10 samples."""
+    return Value(float(value), *interval(drawn)) if len(drawn) > 1 and count >= LEAST else Value(float(value))
 
 
 def by_samples(samples: Array, resamples: int, seed: int) -> tuple[Spread, ...]:
     """How the normalised score depends on the number of samples: 1, 2, 4, ... of those at hand, and all.
 
     Each size is drawn `resamples` times with replacement from all samples, so its spread is that of other samples of
-    this kind as far as those at hand show it.
+    this kind as far as those at hand show it: from fewer than 10 there are no intervals.
     """
     count = len(samples)
     sizes = sorted({*(2**k for k in range(count.bit_length()) if 2**k <= count), count})
     generator = np.random.default_rng([seed, count])
-    tail = (1 - CONFIDENCE) / 2
     made = []
     for size in sizes if resamples > 1 else ():
         counts = generator.multinomial(size, np.full(count, 1 / count), size=resamples)  # [resamples, samples]
         parts = np.split(counts, range(_AT_ONCE, resamples, _AT_ONCE))
         drawn = np.concatenate([scores(np.tensordot(part, samples, axes=1) / size)[1] for part in parts])
-        low, high = np.quantile(drawn, [tail, 1 - tail])
-        made.append(Spread(size, Value(float(drawn.mean()), float(low), float(high))))
+        made.append(Spread(size, with_interval(float(drawn.mean()), drawn, count)))
     return tuple(made)

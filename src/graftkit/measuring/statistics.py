@@ -14,7 +14,7 @@ from graftkit.checkpoints.statistics import ENDING, About, all_statistics, open_
 from graftkit.data.tasks import load_task, sample
 from graftkit.errors import DataError, PlanError
 from graftkit.measuring.loading import default_device, model_names
-from graftkit.measuring.statistics_grams import checked_form
+from graftkit.measuring.statistics_grams import check_width, checked_form
 from graftkit.measuring.statistics_runs import Options, Subject, Tell, run_merged, run_one
 from graftkit.recipes import statistics
 from graftkit.recipes.plan import Plan, plan
@@ -54,6 +54,7 @@ def collect(
     planned = plan(asked, without_gates=True, without_statistics=True)
     steps = tuple(step for step in planned.steps if statistics.needed(step))
     _check(planned, steps)
+    check_width(options.form, statistics.widest(steps))
     places = _places(asked, data)
     wanted = _wanted(planned, places)
     subjects = _subjects(planned, steps, places, samples)

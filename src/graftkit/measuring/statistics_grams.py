@@ -40,6 +40,12 @@ def checked_form(form: str) -> str:
     raise DataError(f"--gram: got {form!r}, expected full, block:SIZE (such as block:128) or sketch:RANK (sketch:256)")
 
 
+def check_width(form: str, widest: int) -> None:
+    """Refuses blocks and sketches that take more room than whole matrices do; `widest` is 0 where there are none."""
+    if 0 < widest < int(form.partition(":")[2] or 0):
+        raise DataError(f"--gram: {form} is larger than the widest layer, of {widest} inputs; take full")
+
+
 def moments_of(form: str, width: int, device: Any, dtype: str = "float32") -> Moments:
     """Empty moments of a form, for a layer with so many inputs."""
     kind, _, number = form.partition(":")

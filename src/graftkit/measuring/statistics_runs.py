@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from graftkit.checkpoints.statistics import About, write_statistics, writing
 from graftkit.data.tasks import Task
-from graftkit.errors import PlanError
+from graftkit.errors import NonFiniteError, PlanError
 from graftkit.execution.blocks import Reader, Workspace
 from graftkit.measuring.activations import Listener, batches, linear_layers, run, shared
 from graftkit.measuring.encoding import Row, encode
@@ -66,6 +66,7 @@ def run_one(subject: Subject, about: About, file: Path, options: Options) -> Non
     measure_kind = {"gram": _gram, "core_gram": _core_gram, "fisher": _fisher}[about.kind]
     place = str(subject.named.source.directory)
     with opened(place, device=options.device, dtype="float32", adapter_base=base) as (live, reader):
+        _check_weights(subject.name, dict(live.named_parameters()))
         rows = rows_of(live, reader, subject.task)
         job = Job(file, replace(about, tokens=_tokens(rows)), started)
         measure_kind(live, rows, subject, steps, job, options)
@@ -88,6 +89,14 @@ def run_merged(subjects: Sequence[Subject], abouts: Sequence[About], files: Sequ
         total = sum(map(len, rows)) * (2 * len(stack_of(live)) + 1)
         tell = _teller(replace(subjects[0], name="merged"), options, total)
         measure(stage, layers, owners, rows, writers, tell, BATCH_TOKENS)
+
+
+def _check_weights(model: str, weights: Mapping[str, Any]) -> None:
+    broken = next((name for name, own in weights.items() if not bool(own.isfinite().all())), None)
+    if broken:
+        raise NonFiniteError(
+            f"{model}: {broken} has weights that are NaN or infinite, so nothing can be measured; repair the model"
+        )
 
 
 def _tokens(rows: Sequence[Row]) -> int:

@@ -62,6 +62,7 @@ def lay_out(
         raise PlanError(
             f"recipe.output.align: no model is named beside {sources[like].label}; name a text model, or a base"
         )
+    _check_senses(whole, sources[like].label, aligned[reference])
     merged = _merged(recipe, sources, aligned, reference)
     members, left = [], {}
     for k, named in enumerate(sources):
@@ -75,6 +76,16 @@ def lay_out(
     _check_ties(found)
     anchor = None if base is None else members[base]
     return Context(recipe, sources, anchor, members[like], tuple(members[e] for e in entries)), found
+
+
+def _check_senses(whole: Checkpoint, label: str, alignment: Alignment) -> None:
+    """Refuses a model that is a language backbone and nothing else."""
+    outside = (n for n in whole.tensors if n not in alignment.pieces and not layout.BUFFERS.search(n))
+    if all(layout.has_rows(name) for name in outside):
+        raise PlanError(
+            f"{label} is a text model: nothing of it lies outside of the language backbone; name the VLM as `vlm` and "
+            "text models as `experts`, or list them all as `models`"
+        )
 
 
 def _merged(

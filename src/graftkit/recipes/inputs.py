@@ -257,11 +257,12 @@ def notes(recipe: Recipe, sources: tuple[Named, ...], like: int, full_hash: bool
             "put one beside the weights, or name a model that has one as output.like"
         )
     if recipe.accept_base:
+        places = [s.source.directory.resolve() for s in sources if s.role == "base"]
         others = {s.source.base_name for s in sources if isinstance(s.source, Adapter)}
         found += [
             f"accept_base: adapters trained on {name!r} are applied to {recipe.base!r}"
             for name in sorted(others)
-            if name
+            if name and Path(name).resolve() not in places
         ]
     base = next((s for s in sources if s.role == "base" and isinstance(s.source, Checkpoint)), None)
     same = [s.label for s in sources if base and s is not base and s.fingerprint == base.fingerprint]

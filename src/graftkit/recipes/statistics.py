@@ -221,10 +221,20 @@ def shape_of(about: About, step: Step, got: tuple[int, ...]) -> tuple[int, ...]:
         return step.shape
     if about.kind == "core_gram":
         return (got[0], got[0])
-    width = step.shape[0] if step.knobs.get("inputs") == "rows" else step.shape[1]
+    width = _width(step)
     if about.form.startswith("block"):
         return (-(-width // about.number), about.number, about.number)
     return (width, about.number + 1 if about.form.startswith("sketch") else width)
+
+
+def _width(step: Step) -> int:
+    """How many inputs a matrix has."""
+    return step.shape[0] if step.knobs.get("inputs") == "rows" else step.shape[1]
+
+
+def widest(steps: Sequence[Step]) -> int:
+    """The most inputs of a matrix that is merged by grams."""
+    return max((_width(step) for step in steps if "gram" in needed(step)), default=0)
 
 
 def path_of(place: Path) -> Path | None:
