@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from graftkit.execution.local import execute as execute
     from graftkit.execution.local import merge as merge
     from graftkit.improving.ranking import rank as rank
+    from graftkit.improving.search import search as search
     from graftkit.improving.subsample import subsample as subsample
     from graftkit.measuring.compatibility import compatibility as compatibility
     from graftkit.measuring.evaluation import evaluate as evaluate
     from graftkit.measuring.inspection import inspect as inspect
     from graftkit.methods import method as method
-    from graftkit.improving.search import search as search
     from graftkit.recipes.plan import Plan as Plan
     from graftkit.recipes.plan import plan as plan
     from graftkit.recipes.recipe import Recipe as Recipe
