@@ -55,8 +55,9 @@ class Change:
 
 @dataclass(frozen=True)
 class Trained:
-    """What was learnt: where the recipe stands, the course, numbers learnt, what became of the weights w_b, and how many
-    examples of --data were held out."""
+    """What was learnt: where the recipe stands, the course, numbers learnt, what became of the weights w_b, and how
+    many examples of --data were held out.
+    """
 
     recipe: Path
     kind: str
