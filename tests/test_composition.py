@@ -185,7 +185,11 @@ def test_a_method_is_its_preparation_and_the_rest(tmp_path, family, method, othe
     whole = merged(recipe(family, method, knobs={**knobs, "weight": [0.7, 0.4]}), tmp_path / "a")
     rest = {"weight": [0.7, 0.4]} | ({"density": 1.0} if other == "ties" else {})
     parts = merged(recipe(family, other, [{name: knobs}], knobs=rest), tmp_path / "b")
-    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    for key, one in whole.items():  # DARE rounds once, a preparation's deltas are float32: a unit here and there
+        other_way = parts[key]
+        apart = one != other_way
+        near = (one.float() - other_way.float()).abs() <= 2**-7 * one.float().abs()
+        assert bool(near.all()) and int(apart.sum()) <= (one.numel() // 1000 + 1 if method == "dare" else 0), key
 
 
 def test_della_is_magprune_and_an_election(tmp_path, family):
