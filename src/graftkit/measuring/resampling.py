@@ -23,7 +23,7 @@ def resampled_sums(parts: Array, resamples: int, seed: int, key: str) -> Array:
     makes differences between models paired. The draws depend on `seed`, `key` (a task's name, so that tasks are
     independent) and the number of items, nothing else.
     """
-    sums = [_counts(drawn) @ parts for drawn in _draws(len(parts), resamples, seed, key)]
+    sums = [_sums(_counts(drawn), parts) for drawn in _draws(len(parts), resamples, seed, key)]
     return np.concatenate(sums) if sums else np.empty((0, parts.shape[1]))
 
 
@@ -56,6 +56,11 @@ def _draws(items: int, resamples: int, seed: int, key: str) -> Iterator[NDArray[
     rows = max(1, _BLOCK // items)
     for start in range(0, resamples, rows):
         yield generator.integers(items, size=(min(rows, resamples - start), items))
+
+
+def _sums(counts: Array, parts: Array) -> Array:
+    """`counts @ parts`, each sum by itself: the order in which BLAS adds depends on the number of rows."""
+    return np.stack([(counts * column).sum(axis=1) for column in parts.T], axis=1)
 
 
 def _counts(drawn: NDArray[Any]) -> Array:
