@@ -1,6 +1,7 @@
 """Merging two rank-16 adapters of a 7-billion-parameter model: graftkit beside PEFT's `add_weighted_adapter`.
 
     python benchmarks/adapters.py            # graftkit; with --check the difference from the dense sums too
+    python benchmarks/adapters.py --cpu      # CPU seconds of floor and exact merge in turn: others may use the machine
     python benchmarks/adapters.py --peft     # PEFT's `svd`, one module of each shape, scaled (many minutes)
 
 The adapters are of Llama-2-7B's shapes (q, k, v, o, gate, up, down; 32 layers), float32, as PEFT saves them.
@@ -92,6 +93,21 @@ def floor() -> float:
     return seconds
 
 
+def side_by_side(rounds: int) -> dict[str, Any]:
+    """CPU seconds of the floor and of the exact merge on one worker, in turn in this process; imports are warm."""
+    import graftkit
+
+    told, out, found = recipe("exact"), FOLDER / "out-exact", []
+    graftkit.merge(told, out, overwrite=True, workers=1)
+    for _ in range(rounds):
+        started = time.process_time()
+        floor()
+        between = time.process_time()
+        graftkit.merge(told, out, overwrite=True, workers=1)
+        found.append({"floor": between - started, "exact": time.process_time() - between})
+    return {"runs": found, "ratio": sorted(run["exact"] / run["floor"] for run in found)}
+
+
 def differences() -> dict[str, float]:
     """One module of each shape against the dense sum in float64: the relative error of the exact merge, and by how much
     the error at rank 16 exceeds the best approximation's, from the dense sum's singular values."""
@@ -133,6 +149,7 @@ def peft_svd(shape: tuple[int, int]) -> dict[str, float]:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--peft", action="store_true", help="measure PEFT too (minutes)")
+    arguments.add_argument("--cpu", action="store_true", help="CPU seconds, floor and exact merge in turn")
     arguments.add_argument("--check", action="store_true", help="compare with the dense sums too (a minute)")
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--workers", type=int, default=2)
@@ -143,12 +160,15 @@ def main() -> None:
         found = {shape: peft_svd(shape) for shape in dict.fromkeys(SHAPES.values())}
         made["peft"] = {"x".join(map(str, shape)): told for shape, told in found.items()}
         made["peft_scaled"] = {k: LAYERS * sum(found[s][k] for s in SHAPES.values()) for k in ("wall", "cpu")}
+    elif given.cpu:
+        made["cpu"] = side_by_side(given.rounds)
     else:
         made["floor"] = sorted(floor() for _ in range(given.rounds))[given.rounds // 2]
         made["graftkit"] = [ours(rank, given.rounds, given.workers) for rank in (RANK, "exact")]
         made |= {"differences": differences()} if given.check else {}
     print(json.dumps(made, indent=1))
-    name = f"{made['when'][:16].replace('T', '-').replace(':', '')}-adapters{'-peft' * given.peft}.json"
+    kind = "-peft" * given.peft + "-cpu" * given.cpu
+    name = f"{made['when'][:16].replace('T', '-').replace(':', '')}-adapters{kind}.json"
     (RESULTS / name).write_text(json.dumps(made, indent=1) + "\n")
 
 

@@ -90,14 +90,45 @@ def test_a_truncated_sum_is_the_best_of_its_rank(tmp_path: Path, rank: Any) -> N
 
 
 def test_factors_are_balanced(tmp_path: Path) -> None:
+    """Truncated ones to rounding; those that only stand side by side to a factor of two, for that rounds nothing."""
     _, models = three(tmp_path)
-    for rank in ("exact", 3):
+    for rank, apart in (("exact", 2.0), (3, 1.0)):
         merge(tmp_path / str(rank), models, {"rank": rank})
         tensors = load_file(tmp_path / str(rank) / "out" / "adapter_model.safetensors")
         for name, b in tensors.items():
             if "lora_B" in name:
-                a = tensors[name.replace("lora_B", "lora_A")]
-                torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1), rtol=1e-5, atol=1e-6)
+                ratio = b.norm(dim=0) / tensors[name.replace("lora_B", "lora_A")].norm(dim=1)
+                assert torch.maximum(ratio, 1 / ratio).max() <= apart * (1 + 1e-5)
+
+
+def test_every_a_of_factors_side_by_side_is_an_adapters_own_times_a_power_of_two(tmp_path: Path) -> None:
+    _, models = three(tmp_path)
+    merge(tmp_path, models, {"rank": "exact"}, knobs={"weight": [0.7, -0.3, 1.9]})
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    for model in models:
+        for name, tensor in load_file(model / "adapter_model.safetensors").items():
+            if "lora_A" in name:
+                fractions, own = (torch.frexp(half).mantissa for half in (made[name], tensor.float()))
+                assert all((fractions == row).all(dim=1).any() for row in own)
+
+
+def test_a_spool_whose_ranks_are_known_becomes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other spools are gathered into one, to the same bytes."""
+    _, models = three(tmp_path)
+    merge(tmp_path / "known", models, {"rank": "exact"})
+    monkeypatch.setattr("graftkit.execution.adapters.largest", lambda plan: [])
+    merge(tmp_path / "gathered", models, {"rank": "exact"})
+    known, gathered = (tmp_path / name / "out" / "adapter_model.safetensors" for name in ("known", "gathered"))
+    assert known.read_bytes() == gathered.read_bytes()
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("gathered")
+
+    monkeypatch.undo()
+    monkeypatch.setattr("graftkit.checkpoints.adapter_sink.AdapterSink._gather", refused)
+    merge(tmp_path / "again", models, {"rank": "exact"})
+    with pytest.raises(AssertionError, match="gathered"):
+        merge(tmp_path / "share", models, {"rank": {"energy": 0.5}})
 
 
 @pytest.mark.parametrize("base", ["absent", "unreadable"])

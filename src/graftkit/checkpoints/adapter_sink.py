@@ -1,7 +1,8 @@
 """Where a merge leaves an adapter: factors whose ranks are known only as they are made, in PEFT's format.
 
-Workers append what they finish to a spool; at the end it goes to `adapter_model.safetensors` in the order of the names,
-so that the file does not depend on who was first. An interrupted run goes on, as with `Sink`.
+Workers put what they finish into a spool, where it would stand in `adapter_model.safetensors` if all ranks were the
+largest possible. Where they are, the spool becomes that file; else its pieces are copied into one, in the order of
+names. Either way the file does not depend on who was first. An interrupted run goes on, as with `Sink`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,23 @@ class Piece:
 class AdapterSink(Sink):
     """An adapter in the making, all of one `dtype`. Thread-safe."""
 
-    def __init__(self, out: Path, dtype: str, token: str, *, overwrite: bool = False) -> None:
-        """As `Sink`, without planned places."""
+    def __init__(
+        self,
+        out: Path,
+        dtype: str,
+        token: str,
+        *,
+        overwrite: bool = False,
+        largest: Sequence[tuple[str, tuple[int, ...]]] = (),
+    ) -> None:
+        """As `Sink`; `largest` are the names of tensors to come, and the largest shape that each may have."""
         self.dtype, self.pieces, self._spool = dtype, dict[str, list[Piece]](), -1
+        offsets = encode_header([(name, dtype, shape) for name, shape in largest], METADATA)[1]
+        self._room = {name: Piece(name, shape, offsets[name]) for name, shape in largest}
         super().__init__(out, [], token, overwrite=overwrite)
         self._spool = os.open(self.partial / SPOOL, os.O_RDWR | os.O_CREAT, 0o644)
-        self._end = max((self._stop(piece) for held in self.pieces.values() for piece in held), default=0)
+        held = [piece for pieces in (*self.pieces.values(), self._room.values()) for piece in pieces]
+        self._end = max(map(self._stop, held), default=0)
 
     def _tensors_of_whole_files(self) -> set[str]:
         """The steps whose bytes are all in the spool."""
@@ -57,8 +69,10 @@ class AdapterSink(Sink):
     def reserve(self, step: str, name: str, shape: tuple[int, ...]) -> Piece:
         """Room in the spool for a tensor `name` of the adapter, which a step makes."""
         with self._lock:
-            piece = Piece(name, shape, self._end)
-            self._end = self._stop(piece)
+            room, piece = self._room.get(name), Piece(name, shape, self._end)
+            if room and math.prod(shape) <= math.prod(room.shape):
+                piece = replace(piece, begin=room.begin)
+            self._end = max(self._end, self._stop(piece))
             self.pieces.setdefault(step, []).append(piece)
             return piece
 
@@ -78,16 +92,25 @@ class AdapterSink(Sink):
             self._log({"tensor": name, "record": dict(record), "pieces": pieces})
 
     def assemble(self, pieces: Sequence[Piece], config: Mapping[str, Any]) -> None:
-        """Writes the adapter's two files from the spool, which is gone then. Raises OutputError for a full disk."""
+        """Makes the adapter's two files of the spool, which is gone then. Raises OutputError for a full disk."""
         header, offsets = encode_header([(p.name, self.dtype, p.shape) for p in pieces], METADATA)
+        if all(piece.begin == offsets[piece.name] for piece in pieces):
+            self._write_all(self._spool, header, 0)
+            os.ftruncate(self._spool, max(map(self._stop, pieces), default=len(header)))
+            os.replace(self.partial / SPOOL, self.partial / WEIGHTS)
+        else:
+            self._gather(header, [(piece, offsets[piece.name]) for piece in pieces])
+        self.add_file(CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def _gather(self, header: bytes, places: Sequence[tuple[Piece, int]]) -> None:
+        """The weights as a file of their own, from pieces that stand elsewhere in the spool."""
         target = os.open(self.partial / WEIGHTS, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             self._write_all(target, header, 0)
-            for piece in pieces:
-                self._copy(piece, target, offsets[piece.name])
+            for piece, offset in places:
+                self._copy(piece, target, offset)
         finally:
             os.close(target)
-        self.add_file(CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
         os.unlink(self.partial / SPOOL)
 
     def _copy(self, piece: Piece, target: int, offset: int) -> None:

@@ -91,7 +91,7 @@ class Adapter:
                 f"{self.directory}: a DoRA adapter, whose delta is no product of its factors: it depends on the base"
             )
         a, b = (self._array(info, dtype) for info in (factors.a, factors.b))
-        b = b * b.dtype.type(factors.scale if scaled else 1)
+        b *= b.dtype.type(factors.scale if scaled else 1)
         return LowRank(a.T.copy(), b.T.copy()) if factors.transposed else LowRank(b, a)
 
     def magnitude(self, name: str) -> np.ndarray:
@@ -105,10 +105,11 @@ class Adapter:
     def _array(self, info: TensorInfo, dtype: Any) -> np.ndarray:
         import numpy as np
 
-        from graftkit.checkpoints.storage import as_float
+        from graftkit.checkpoints.storage import STORAGE, as_float
 
         raw = self.store.read(info, 0, info.elements, np.empty(info.nbytes, np.uint8))
-        return as_float(raw, info.dtype, dtype).reshape(info.shape)
+        held = raw.view(dtype) if STORAGE[info.dtype] == dtype else as_float(raw, info.dtype, dtype)
+        return held.reshape(info.shape)
 
     def close(self) -> None:
         """Closes the files."""

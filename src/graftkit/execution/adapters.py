@@ -53,15 +53,17 @@ def from_factors(plan: Plan, sink: AdapterSink, step: Step, device: str, space: 
         made, notes = shared.beside(plan, step, space, wanted_of(plan.recipe))
         return {**_write(sink, step, made), **notes}
     method = methods.get(step.method)
-    pairs = [_pair(plan, step, k) for k in range(len(step.models))]
+    wanted = wanted_of(plan.recipe)
+    beside = step.form.path == "stack" and wanted == Wanted() and step.form.directions <= min(step.shape)
+    kind = np.float32 if beside and step.dtype == "F32" else np.float64
+    pairs = [_pair(plan, step, k, kind) for k in range(len(step.models))]
     here = [pair for pair in pairs if pair is not None]
     given = _statistics(pairs) if method.statistics else {}
-    wanted = wanted_of(plan.recipe)
     if step.form.path == "stack":
         factors = refusing(method, lambda: method.factors_of(given, step.knobs, len(pairs)))
         used = np.array([f for f, pair in zip(factors, pairs, strict=True) if pair is not None])
         left, right = stacked(here, used)
-        if wanted == Wanted() and left.shape[1] <= min(step.shape):
+        if beside:
             return _write(sink, step, balanced(left, right))
         core = core_of([(left, right)])
         return _write(sink, step, core.factored(core.cores[0], wanted))
@@ -70,11 +72,11 @@ def from_factors(plan: Plan, sink: AdapterSink, step: Step, device: str, space: 
     return _write(sink, step, core.factored(_in_core(step, core, pairs, given, device, space), wanted))
 
 
-def _pair(plan: Plan, step: Step, k: int) -> Pair | None:
-    """One model's delta as factors, float64; None where it leaves the tensor alone."""
+def _pair(plan: Plan, step: Step, k: int, kind: Any) -> Pair | None:
+    """One model's delta as factors, of a `kind` of float; None where it leaves the tensor alone."""
     if step.models[k].kind == "base":
         return None
-    delta = open_feed(step.models[k], plan.sources, np.float64).delta_factors()
+    delta = open_feed(step.models[k], plan.sources, kind).delta_factors()
     return delta.left, delta.right
 
 
@@ -137,19 +139,29 @@ def from_rows(plan: Plan, sink: AdapterSink, step: Step, merged: Merged) -> dict
     return _write(sink, step, found)
 
 
-def _write(sink: AdapterSink, step: Step, made: Factored) -> dict[str, Any]:
-    """Puts the factors into the spool as PEFT keeps them; a delta of zeros leaves nothing."""
+def pieces_of(step: Step, rank: int) -> list[tuple[str, tuple[int, int]]]:
+    """The names and shapes of A and B in the adapter, as PEFT keeps them."""
     assert step.form is not None
-    transposed = step.form.kind != "linear"
-    a, b = (made.left.T, made.right.T) if transposed else (made.right, made.left)
-    if made.rank:
-        names = ("lora_embedding_A", "lora_embedding_B") if step.form.kind == "embedding" else _LINEAR
-        for name, factor in zip(names, (a, b), strict=True):
-            wide = np.ascontiguousarray(factor, np.float64).reshape(-1)
-            raw = storage.narrow(wide, step.dtype, np.empty(wide.size * 8, np.uint8))
-            if not storage.finite(raw, step.dtype):
-                raise NonFiniteError(f"tensor {step.name!r}: a factor is not finite in {step.dtype}")
-            sink.put(sink.reserve(step.name, f"{WRAPPER}{step.form.module}.{name}", factor.shape), 0, raw)
+    names = ("lora_embedding_A", "lora_embedding_B") if step.form.kind == "embedding" else _LINEAR
+    out, inner = step.shape if step.form.kind == "linear" else step.shape[::-1]
+    a, b = (f"{WRAPPER}{step.form.module}.{name}" for name in names)
+    return [(a, (rank, inner)), (b, (out, rank))]
+
+
+def largest(plan: Plan) -> list[tuple[str, tuple[int, int]]]:
+    """All pieces that may come, at the largest ranks that they may have."""
+    return [piece for step in plan.steps if step.form for piece in pieces_of(step, step.form.most)]
+
+
+def _write(sink: AdapterSink, step: Step, made: Factored) -> dict[str, Any]:
+    """Puts the factors into the spool; a delta of zeros leaves nothing."""
+    assert step.form is not None
+    a, b = (made.right, made.left) if step.form.kind == "linear" else (made.left.T, made.right.T)
+    for (name, shape), factor in zip(pieces_of(step, made.rank) if made.rank else (), (a, b), strict=False):
+        raw = storage.as_bytes(np.ascontiguousarray(factor).reshape(-1), step.dtype)
+        if not storage.finite(raw, step.dtype):
+            raise NonFiniteError(f"tensor {step.name!r}: a factor is not finite in {step.dtype}")
+        sink.put(sink.reserve(step.name, name, shape), 0, raw)
     return {
         "method": step.method,
         "rank": made.rank,

@@ -65,29 +65,27 @@ class Factored:
 
 
 def stacked(pairs: Sequence[tuple[np.ndarray, np.ndarray]], factors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`sum_t factors_t left_t right_t` as one product of rank `sum_t rank_t`."""
-    left = np.empty((len(pairs[0][0]), sum(part.shape[1] for part, _ in pairs)))
-    first = 0
-    for (part, _), factor in zip(pairs, factors, strict=True):
-        np.multiply(part, factor, out=left[:, first : first + part.shape[1]])
-        first += part.shape[1]
-    return left, np.concatenate([right for _, right in pairs])
+    """`sum_t factors_t left_t right_t` as one product of rank `sum_t rank_t`, in the factors' own precision."""
+    lefts = [part * part.dtype.type(factor) for (part, _), factor in zip(pairs, factors, strict=True)]
+    return np.concatenate(lefts, axis=1), np.concatenate([right for _, right in pairs])
 
 
 def balanced(left: np.ndarray, right: np.ndarray) -> Factored:
-    """The same product, in place; each direction's two halves get the same norm, so that neither overflows a small
-    dtype, and a direction of which one half is zero is zero."""
+    """The same product, in place; the norms of each direction's two halves come within a factor of two of each other,
+    so that neither overflows a small dtype. What moves between them is a power of two: nothing is rounded."""
     inner, outer = left.T @ left, right @ right.T
-    a, b = np.sqrt(np.diagonal(inner)), np.sqrt(np.diagonal(outer))
-    scale = np.sqrt(np.divide(b, a, out=np.zeros_like(a), where=a > 0))
-    left *= scale
-    right *= np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)[:, None]
+    a, b = np.diagonal(inner), np.diagonal(outer)
+    ratio = np.divide(b, a, out=np.ones_like(a), where=(a > 0) & (b > 0))
+    scale = np.exp2(np.round(np.log2(ratio) / 4))  # these are squares
+    if (scale != 1).any():
+        left *= scale
+        right /= scale[:, None]
     return Factored(left, right, norm_of(inner, outer), 0.0)
 
 
 def norm_of(inner: np.ndarray, outer: np.ndarray) -> float:
     """The norm of a product, from `left^T left` and `right right^T`."""
-    return float(np.sqrt(max((inner * outer).sum(), 0.0)))
+    return math.sqrt(max(float(np.vdot(inner.astype(np.float64), outer.astype(np.float64))), 0.0))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,8 @@ def execute(
 
 def _open_sink(planned: Plan, out: Path, token: str, overwrite: bool) -> Sink:
     if planned.recipe.output.as_ == "adapter":
-        return AdapterSink(out, planned.steps[0].dtype, token, overwrite=overwrite)
+        room = adapters.largest(planned)
+        return AdapterSink(out, planned.steps[0].dtype, token, overwrite=overwrite, largest=room)
     layout = [(shard.file, shard.layout) for shard in planned.shards]
     return Sink(out, layout, token, overwrite=overwrite, beside=masking.files(planned))
 
