@@ -157,7 +157,7 @@ BROKEN: list[tuple[str, bytes, str]] = [
     (
         "d.jsonl",
         b'{"prompt": "p", "answer": "a"}\n\n{"prompt": }\n',
-        r"d\.jsonl:3: not JSON: Expecting value: line 1 column 12",
+        r"d\.jsonl:3: not JSON: Expecting value \(character 12\)",
     ),
     ("d.jsonl", b'{"prompt": "p", "answer": "a"}\n{"text": "p"}\n', r"d\.jsonl:2: unknown field 'text'"),
     ("d.jsonl", b'{"text": "p"}\n{"prompt": "p"}\n', r"d\.jsonl:2: text is missing .*; got prompt"),

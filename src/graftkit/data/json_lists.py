@@ -34,6 +34,10 @@ def json_list(path: Path, stream: Any, largest: int) -> Iterator[tuple[str, Any,
         raise DataError(f"{path}:{window.line}: more text after the list's end")
 
 
+def _told(characters: int) -> str:
+    return f"{characters >> 20} million characters" if characters >> 20 else f"{characters} characters"
+
+
 class _Window:
     """The part of the text that has been read and not yet been understood, and the line it begins in."""
 
@@ -68,6 +72,8 @@ class _Window:
                 if len(self.text) - self.start > self.largest or not self._fill():
                     raise DataError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from error
                 continue
+            if end - self.start > self.largest:
+                raise DataError(f"{where}: more than {_told(self.largest)}; expected a list of records")
             if end < len(self.text) or not self._fill():  # a number may go on
                 raw = self.text[self.start : end]
                 self._skip(end)
@@ -78,9 +84,6 @@ class _Window:
         self.start = to
 
     def _fill(self) -> bool:
-        try:
-            more = self.stream.read(max(_CHUNK, len(self.text) - self.start))
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}: not UTF-8 (after line {self.line}); convert the file to UTF-8") from error
+        more = self.stream.read(max(_CHUNK, len(self.text) - self.start))
         self.text, self.start = self.text[self.start :] + more, 0
         return bool(more)

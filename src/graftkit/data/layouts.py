@@ -98,10 +98,11 @@ def subtask_and_images(
 ) -> tuple[str, tuple[str, ...]]:
     """What records of every layout may carry; images are checked against `directory` where there is one."""
     subtask = fields.get("subtask")
-    if subtask is not None and not isinstance(subtask, (str, int)):
+    if subtask is not None and (not isinstance(subtask, (str, int)) or isinstance(subtask, bool)):
         raise DataError(f"{where}: subtask: expected a text, got {subtask!r:.60}")
-    images = fields.get("images")
-    return "" if subtask is None else str(subtask), checked_images(where, images, texts, directory) if images else ()
+    held = fields["images"] if fields.get("images") is not None else []
+    images = checked_images(where, held, texts, directory) if "images" in fields else ()
+    return "" if subtask is None else str(subtask), images
 
 
 def _complete(where: str, fields: Mapping[str, Any], layout: str) -> None:

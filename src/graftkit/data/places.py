@@ -94,7 +94,7 @@ def fingerprint(place: Place) -> str:
     try:
         with place.path.open("rb") as stream:
             digest = hashlib.sha256()
-            while chunk := stream.read(1 << 22):
+            while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
         raise DataError(f"{place.path}: cannot be read ({error.strerror})") from error
@@ -113,13 +113,19 @@ def data_set(place: Place) -> Any:
     datasets.disable_progress_bars()
     try:
         found = _loaded(datasets, place)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{place.name}: `datasets` does not load it ({reason:.200})") from error
+    except (OSError, ValueError, RuntimeError, IndexError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{place.name}: `datasets` does not load it ({_reason(error):.300})") from error
     for name, feature in found.features.items():
         if isinstance(feature, (datasets.Image, datasets.Audio)):
             found = found.cast_column(name, type(feature)(decode=False))
     return found
+
+
+def _reason(error: BaseException) -> str:
+    """What it says, and what lies behind it, each in a line: the row stands in the last."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    behind = error.__cause__ or error.__context__
+    return first if behind is None or behind is error else "; ".join(dict.fromkeys([first, _reason(behind)]))
 
 
 def _loaded(datasets: Any, place: Place) -> Any:

@@ -64,9 +64,13 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _text(where: str, raw: bytes) -> str:
     try:
-        return raw.decode("utf-8")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 (byte {error.start} of the line); convert the file to UTF-8") from error
+    if "\0" in text:
+        raise DataError(f"{where}: a NUL byte (byte {raw.index(0)} of the line): the file is in UTF-16, or was not "
+                        "written to its end; convert or mend it")  # fmt: skip
+    return text
 
 
 @contextmanager
@@ -91,9 +95,24 @@ def _json(path: Path) -> Iterator[Record]:
     if not is_list(path):
         yield from _json_lines(path)
         return
-    with opened(path) as stream, io.TextIOWrapper(cast(Any, stream), "utf-8-sig", newline="") as text:
-        for where, value, raw in json_list(path, text, LARGEST):
-            yield Record(where, _is_object(where, value, raw), raw)
+    try:
+        with opened(path) as stream, io.TextIOWrapper(cast(Any, stream), "utf-8-sig", newline="") as text:
+            for where, value, raw in json_list(path, text, LARGEST):
+                yield Record(where, _is_object(where, value, raw), raw)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{_line_not_utf8(path)}: not UTF-8; convert the file to UTF-8") from error
+
+
+def _line_not_utf8(path: Path) -> int:
+    """The first line of a file that is not UTF-8, however long its lines are."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with opened(path) as stream:
+        try:
+            while chunk := stream.read(1 << 18):
+                line += decoder.decode(chunk).count("\n")
+        except UnicodeDecodeError as error:
+            line += error.object[: error.start].count(b"\n")
+    return line
 
 
 def is_list(path: Path) -> bool:
@@ -108,7 +127,9 @@ def as_object(where: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text.rstrip())
     except (ValueError, RecursionError) as error:  # numbers too long to convert are a ValueError, too
-        raise DataError(f"{where}: not JSON: {error}") from error
+        reason = f"{error.msg} (character {error.pos + 1})" if isinstance(error, json.JSONDecodeError) else error
+        whole = "; expected a list [...] of records, or a record a line" * (text.strip() in ("{", "}"))
+        raise DataError(f"{where}: not JSON: {reason}{whole}") from error
     return _is_object(where, value, text)
 
 
@@ -164,7 +185,8 @@ def _separated(delimiter: str) -> Callable[[Path], Iterator[Record]]:
 def _header(where: str, row: list[str]) -> list[str]:
     twice = next((name for name in row if row.count(name) > 1), None)
     if twice is not None or not all(row):
-        problem = f"two columns are called {twice!r}" if twice else "a column has no name"
+        unnamed = f"column {row.index('') + 1 if '' in row else 0} has no name (pandas: to_csv(..., index=False))"
+        problem = f"two columns are called {twice!r}" if twice else unnamed
         raise DataError(f"{where}: {problem}; the first line names the columns")
     return row
 
@@ -178,11 +200,27 @@ def _row(where: str, header: list[str], row: list[str]) -> dict[str, Any]:
 def _parquet(path: Path, wanted: Collection[str]) -> Iterator[Record]:
     number = 0
     with parquet(path) as file:
-        here = [name for name in file.schema_arrow.names if name in wanted]
+        names = file.schema_arrow.names
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"{path}: two columns are called {twice!r}; give each its own name")
+        here = [name for name in names if name in wanted]
         for batch in file.iter_batches(BATCH, columns=here or None):
-            for fields in batch.to_pylist():
+            for fields in _fields(path, number, batch):
                 number += 1
                 yield Record(f"{path}: row {number}", fields)
+
+
+def _fields(path: Path, before: int, batch: Any) -> list[dict[str, Any]]:
+    try:
+        return batch.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError as error:
+        for row in range(batch.num_rows):
+            try:
+                batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError:
+                raise DataError(f"{path}: row {before + row + 1}: not UTF-8 ({error.reason})") from error
+        raise
 
 
 @contextmanager

@@ -76,6 +76,11 @@ class Form:
             known(where, fields, RECORD_KEYS[self.kind])
         if self.layout == "answer" and self.kind == "exact_match" and isinstance(fields.get("answer"), list):
             return self._ours(where, fields)
+        if self.layout == "completion" and isinstance(fields.get("prompt"), str if self.chat else list):
+            expected = "turns" if self.chat else "a text"
+            raise DataError(
+                f"{where}: prompt: expected {expected}, as in the first record, got {fields['prompt']!r:.60}"
+            )
         turns, answer = turns_of(where, fields, self.layout)
         subtask, images = subtask_and_images(where, fields, [text for _, text in turns], self.directory)
         return Item(turns[-1][1], (answer,), 0, subtask, images=images, before=turns[:-1])

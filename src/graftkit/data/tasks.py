@@ -101,22 +101,23 @@ class Task:
         return told
 
 
-def load_tasks(places: Sequence[Task | str | Path]) -> tuple[Task, ...]:
-    """Tasks from what `load_task` takes, from directories (every `*.yaml` in them, by name), or as they are.
+def load_tasks(places: Sequence[Task | str | Path], limit: int | None = None) -> tuple[Task, ...]:
+    """Tasks from what `load_task` takes, from directories (every `*.yaml` in them, by name), or as they are; at most
+    `limit` items of each.
 
     Raises DataError as `load_task` does, for a directory without any, and where two have one name.
     """
     tasks: list[Task] = []
     for place in places:
         if isinstance(place, Task):
-            tasks.append(place)
+            tasks.append(sample(place, limit))
         elif Path(place).is_dir() and not _is_data_set(Path(place)):
             found = sorted(file for ending in ("*.yaml", "*.yml") for file in Path(place).glob(ending))
             if not found:
                 raise DataError(f"{place}: no task here; a task is a .yaml description beside its .jsonl")
-            tasks += map(load_task, found)
+            tasks += [load_task(file, limit) for file in found]
         else:
-            tasks.append(load_task(place))
+            tasks.append(load_task(place, limit))
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

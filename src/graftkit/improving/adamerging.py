@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from graftkit.data.tasks import Task, sample
+from graftkit.data.tasks import Task
 from graftkit.errors import DataError, OutputError, PlanError, RecipeError
 from graftkit.execution.live import Live
 from graftkit.improving.gated import Gated, Place, deltas_of, domains
@@ -96,12 +96,12 @@ def adamerging(
     if not math.isfinite(chosen.start) or (chosen.clip and not 0 <= chosen.start <= 1):
         expected = "a number from 0 to 1, or any with --no-clip" if chosen.clip else "a number"
         raise DataError(f"--start: expected {expected}, got {chosen.start}")
-    tasks = domains(asked, data)
+    tasks = domains(asked, data, chosen.samples)
     planned = plan(asked)
     steps = _mergeable(planned)
     with Live.open(planned, device=device) as live:
         deltas = {step.key: deltas_of(Gated(planned, steps), step, device) for step in steps}
-        rows = [_rows(live, own, chosen) for own in tasks]
+        rows = [_rows(live, own) for own in tasks]
         entropy = Entropy(live, steps, deltas, [_turns(own, chosen.batch, chosen.seed) for own in rows])
         values, trail = descend(entropy, len(asked.models), len(steps), chosen, advance)
     if not bool(values.isfinite().all()):
@@ -222,11 +222,10 @@ def _weighted(planned: Plan, weights: Mapping[str, tuple[float, ...]]) -> Plan:
     return replace(planned, shards=shards)
 
 
-def _rows(live: Live, tasks: Sequence[Task], settings: Settings) -> list[Row]:
+def _rows(live: Live, tasks: Sequence[Task]) -> list[Row]:
     """A domain's examples as token ids."""
     context = getattr(live.model.config, "max_position_embeddings", None)
-    share = -(-settings.samples // len(tasks))
-    return [row for task in tasks for row in encode(live.tokenizer, sample(task, share), context)]
+    return [row for task in tasks for row in encode(live.tokenizer, task, context)]
 
 
 def _turns(rows: list[Row], size: int, seed: int) -> Iterator[list[Row]]:

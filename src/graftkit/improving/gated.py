@@ -13,7 +13,7 @@ import numpy as np
 from graftkit import methods
 from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.gates import write_gates
-from graftkit.data.tasks import Task, load_task
+from graftkit.data.tasks import Task, load_task, sample
 from graftkit.errors import DataError, OutputError, PlanError
 from graftkit.execution.blocks import Reader, Workspace, cuts
 from graftkit.execution.local import check_device
@@ -98,8 +98,11 @@ def gated(recipe: Recipe) -> Gated:
     return Gated(planned, steps)
 
 
-def domains(recipe: Recipe, data: Sequence[Place | Sequence[Task]]) -> list[tuple[Task, ...]]:
-    """The examples of each model: beside it in the recipe, else from `data`, in order. Raises DataError."""
+def domains(
+    recipe: Recipe, data: Sequence[Place | Sequence[Task]], samples: int | None = None
+) -> list[tuple[Task, ...]]:
+    """The examples of each model, at most `samples` of them in equal shares of its tasks: beside it in the recipe, else
+    from `data`, in order. Raises DataError."""
     beside = [entry.data and recipe.directory / entry.data for entry in recipe.models]
     missing = [entry.model for entry, own in zip(recipe.models, beside, strict=True) if own is None]
     if len(data) not in (0, len(recipe.models)) or (missing and not data):
@@ -108,12 +111,13 @@ def domains(recipe: Recipe, data: Sequence[Place | Sequence[Task]]) -> list[tupl
             "once for each model, in the recipe's order, or `data:` beside each model"
         )
     chosen = list(data) or [own for own in beside if own]
-    return [tuple(examples([own] if isinstance(own, str | Path | Task) else own)) for own in chosen]
+    each = [[own] if isinstance(own, str | Path | Task) else own for own in chosen]
+    return [tuple(examples(own, samples and -(-samples // len(own)))) for own in each]
 
 
-def examples(places: Sequence[Place]) -> list[Task]:
-    """Tasks of prompts and answers. Raises DataError for any other kind."""
-    tasks = [place if isinstance(place, Task) else load_task(place) for place in places]
+def examples(places: Sequence[Place], limit: int | None = None) -> list[Task]:
+    """Tasks of prompts and answers, at most `limit` items of each. Raises DataError for any other kind."""
+    tasks = [sample(place, limit) if isinstance(place, Task) else load_task(place, limit) for place in places]
     for task in tasks:
         if task.kind != "answer_loss":
             raise DataError(f"task {task.name}: gates are made from prompts and answers (answer_loss), got {task.kind}")

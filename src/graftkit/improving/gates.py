@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from graftkit.data.tasks import Task, sample
+from graftkit.data.tasks import Task
 from graftkit.errors import OutputError
 from graftkit.improving.closed_forms import convex, free
 from graftkit.improving.gated import Gated, Place, deltas_of, domains, gated, write
@@ -63,7 +63,7 @@ def solve(
     asked = load(recipe)
     if out.exists():
         raise OutputError(f"{out}: exists already; choose another name")
-    tasks = [[sample(task, -(-samples // len(own))) for task in own] for own in domains(asked, data)]
+    tasks = domains(asked, data, samples)
     wanted = gated(asked)
     deltas = {step.key: deltas_of(wanted, step, device or default_device()) for step in wanted.steps}
     started = time.perf_counter()

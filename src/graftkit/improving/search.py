@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import graftkit
-from graftkit.data.tasks import Task, load_tasks, sample
+from graftkit.data.tasks import Task, load_tasks
 from graftkit.errors import OutputError, RecipeError, unknown
 from graftkit.execution.live import Live
 from graftkit.improving import optimisers
@@ -116,7 +116,7 @@ class _Work:
 
     def __init__(self, wanted: Search, told: Told) -> None:
         self.wanted, self.space = wanted, space_of(wanted.recipe)
-        self.tasks = [sample(task, wanted.limit) for task in load_tasks(wanted.data)]
+        self.tasks = list(load_tasks(wanted.data, wanted.limit))
         goals = tuple(task.name for task in self.tasks) if wanted.goal == "each" else ("score",)
         optimisers.check(wanted.optimizer, goals)
         check_goal(wanted.goal, self.tasks)

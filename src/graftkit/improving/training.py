@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from graftkit.data.tasks import Task, sample
+from graftkit.data.tasks import Task
 from graftkit.errors import DataError, OutputError
 from graftkit.execution.live import Live
 from graftkit.execution.record import versions
@@ -92,7 +92,7 @@ def train(
     asked, device = load(recipe), device or default_device()
     if out.exists():
         raise OutputError(f"{out}: exists already; choose another name")
-    tasks, looked = [sample(task, samples) for task in examples(data)], examples(dev)
+    tasks, looked = examples(data, samples), examples(dev)
     made = learnable(gated(asked), form, device, settings.seed)
     keep = out.with_name(out.name + PARTIAL)
     digest = _digest(made.asked, [*tasks, *looked], settings, form, held_out)

@@ -194,7 +194,7 @@ def compatibility(
 def loaded(data: Task | str | Path | Sequence[Task | str | Path], samples: int) -> tuple[Task, ...]:
     """Data sets, cut to so many samples each. Raises DataError where two have one name."""
     places = [data] if isinstance(data, Task | str | Path) else list(data)
-    tasks = tuple(sample(one if isinstance(one, Task) else load_task(one), samples) for one in places)
+    tasks = tuple(sample(one, samples) if isinstance(one, Task) else load_task(one, samples) for one in places)
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None or not tasks:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from graftkit.data.tasks import Task, load_tasks, sample
+from graftkit.data.tasks import Task, load_tasks
 from graftkit.errors import DataError, unknown
 from graftkit.measuring.comparison import Comparison, Difference, compare
 from graftkit.measuring.generated import refuse_code, sandbox_of
@@ -73,7 +73,7 @@ def evaluate(
 
     Raises DataError for tasks and names that do not fit, CheckpointError for models that do not load.
     """
-    loaded = tuple(sample(task, limit) for task in load_tasks(tasks))
+    loaded = load_tasks(tasks, limit)
     refuse_code(loaded, run_code)
     names = model_names(models)
     skills = [*(task.skill or task.name for task in loaded), *(harness.names if harness else ())]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from graftkit.checkpoints.statistics import ENDING, About, all_statistics, open_statistics
-from graftkit.data.tasks import load_task, sample
+from graftkit.data.tasks import load_task
 from graftkit.errors import DataError, PlanError
 from graftkit.measuring.loading import default_device, model_names
 from graftkit.measuring.statistics_grams import check_width, checked_form
@@ -117,7 +117,7 @@ def _subjects(planned: Plan, steps: tuple[Step, ...], places: Sequence[Path], sa
     names = dict(zip(sources, model_names([planned.sources[e].source.directory for e in sources]), strict=True))
     found = []
     for k, (entry, place) in enumerate(zip(entries, places, strict=True)):
-        task = sample(load_task(place), samples)
+        task = load_task(place, samples)
         if task.kind == "pass_at_1":
             raise DataError(f"task {task.name}: statistics are measured on prompts and answers, and it has no answers")
         found.append(Subject(planned, steps, k, planned.sources[entry], names[entry], task))
