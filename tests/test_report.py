@@ -227,6 +227,38 @@ def test_differences_are_shown_with_verdicts(page: str) -> None:
     assert ">better<" in page.replace("\n", "").replace("      ", "") and "Δ loss" in page
 
 
+def test_versions_that_are_alike_share_a_column(tmp_path: Path) -> None:
+    merges = [("one", RECORD), ("two", RECORD), ("three", RECORD | {"machine": {"cpus": 64}})]
+    shown = write_report(tmp_path / "a.html", title="t", evaluation=None, merges=merges).read_text()
+    (heads,) = re.findall(r"<tr><th>of</th>(.*?)</tr>", shown, re.DOTALL)
+    assert re.findall(r"<th>(.*?)</th>", heads) == ["one, two", "three"]
+    rows = re.findall(r"<tr>\s*<td class=\"\">\s*(python|cpus)</td>(.*?)</tr>", shown, re.DOTALL)
+    assert [(name, re.findall(r">\s*([\d.]+)</td>", cells)) for name, cells in rows] == [
+        ("python", ["3.11", "3.11"]), ("cpus", ["2", "64"])
+    ]  # fmt: skip
+
+
+def test_pictures_name_their_axes_and_units(page: str) -> None:
+    assert ">layer</text>" in page and "Δ loss, nats/token (lower is better)" in page
+
+
+def test_a_picture_of_few_rows_has_room_for_its_label() -> None:
+    few, many = (
+        plots.heat_map([[1.0]] * count, list("0123456789")[:count], ["input_layernorm"], label="norm of the delta")
+        for count in (2, 10)
+    )
+    heights = [float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawn)[1]) for drawn in (few, many)]
+    assert heights[0] >= 0.9 * heights[1]
+
+
+def test_what_the_cast_swallowed_is_drawn_up_to_the_largest_of_all_merges(monkeypatch, tmp_path: Path) -> None:
+    tops: list[float] = []
+    monkeypatch.setattr(records, "heat_map", lambda grid, label, **how: tops.append(how.get("top", -1.0)) or "<svg/>")
+    less = RECORD | {"tensors": [tensor("model.layers.0.mlp.up_proj.weight", 1.0, unchanged=0.1)]}
+    write_report(tmp_path / "a.html", title="t", evaluation=None, merges=[("a", less), ("b", RECORD)])
+    assert tops[2::3] == [50.0, 50.0] and tops[0::3] == [5.0, 5.0]
+
+
 def test_lines_are_told_apart() -> None:
     lines = {f"pair {k}": [0.1 * k, None, 0.3] for k in range(7)}
     drawn = plots.line_plot([0, 1, 2], lines, xlabel="layer", ylabel="cosine", line=0.0)

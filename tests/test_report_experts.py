@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 import graftkit
 import tiny
+import vlms
 from graftkit.cli import app
 from graftkit.errors import DataError, GraftError
 from graftkit.reporting import experts, records
 from graftkit.reporting.lineage import lineage
+from graftkit.reporting.report import write_report
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -64,6 +66,21 @@ def test_experts_are_measured_beside_each_other(family: Path) -> None:
     assert norms == pytest.approx([np.linalg.norm(delta) for delta in deltas], rel=1e-4)
     captions = [caption for caption, _ in experts.pictures(inner.found)]
     assert [caption.split()[0] for caption in captions] == ["How", "Cosine", "Sign", "Sign"]
+
+
+def test_text_experts_of_a_vlm_are_compared_without_it(tmp_path: Path) -> None:
+    model = vlms.vlm("llava_next")
+    vlms.saved(model, tmp_path / "vlm")
+    for seed, name in enumerate(("base", "one", "two")):
+        vlms.saved(vlms.base_of("llava_next", model, seed), tmp_path / name)
+    recipe = "method: task_arithmetic\nbase: base\nvlm: vlm\nexperts: [one, two]\naccept_base: true\n"
+    (tmp_path / "r.yaml").write_text(recipe)
+    made = graftkit.merge(tmp_path / "r.yaml", tmp_path / "out")
+    (found,) = experts.measure_experts([("out", made)])
+    assert found.apart == "vlm" and not found.missing and found.found
+    assert [change.models for change in found.found.changes] == [("one",), ("two",)]
+    page = write_report(tmp_path / "r.html", title="t", evaluation=None, merges=[("out", made)], beside=[found])
+    assert "vlm is left out" in page.read_text()
 
 
 def test_what_is_gone_or_changed_is_said(family: Path) -> None:

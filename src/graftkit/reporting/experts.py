@@ -21,11 +21,15 @@ _MOST_PAIRS = 3  # with a heat map of their own
 
 @dataclass(frozen=True)
 class Beside:
-    """The inputs of some merges, measured against their base and each other; or `missing` says why they are not."""
+    """The inputs of some merges, measured against their base and each other; or `missing` says why they are not.
+
+    `apart`: the vision-language model among them, which is compared with nothing.
+    """
 
     merges: tuple[str, ...]
     found: Inspection | None = None
     missing: str = ""
+    apart: str = ""
 
 
 def measure_experts(
@@ -35,12 +39,17 @@ def measure_experts(
 
     Nothing is measured where a directory is gone, or holds other weights than the record's fingerprint says.
     """
-    sets: dict[tuple[InputFacts, ...], list[str]] = {}
+    sets: dict[tuple[str, tuple[InputFacts, ...]], list[str]] = {}
     for name, data in merges:
-        inputs = tuple(dict.fromkeys(records.read(data, name).inputs))
+        record = records.read(data, name)
+        apart = record.recipe.output.like if record.recipe.output.align else ""
+        inputs = tuple(dict.fromkeys(one for one in record.inputs if not apart or one.source != apart))
         if any(one.role == "model" for one in inputs):
-            sets.setdefault(inputs, []).append(name)
-    return [_measured(tuple(names), inputs, workers, progress) for inputs, names in sets.items()]
+            sets.setdefault((apart, inputs), []).append(name)
+    return [
+        replace(_measured(tuple(names), inputs, workers, progress), apart=apart)
+        for (apart, inputs), names in sets.items()
+    ]
 
 
 def _measured(names: tuple[str, ...], inputs: Sequence[InputFacts], workers: int, progress: Progress | None) -> Beside:
@@ -150,9 +159,7 @@ def _conflicts(pair: Breakdown[Pair]) -> list[tuple[str, str]]:
     return [
         (
             f"Sign conflict by role: {_of(pair)} ({grid.stack})",
-            plots.heat_map(
-                grid.values, grid.layers, grid.roles, label="% of shared entries", color=plots.OTHER, top=100
-            ),
+            records.heat_map(grid, "% of shared entries", color=plots.OTHER, top=100),
         )
         for grid in records.grids(measured, lambda values: 100 * records.mean(values))
     ]
@@ -168,7 +175,8 @@ def shown(beside: Sequence[Beside]) -> list[dict[str, Any]]:
     for one in beside:
         tables = [] if one.found is None else [changes_table(one.found), pairs_table(one.found)]
         told.append({
-            "merges": one.merges, "missing": one.missing, "compared": one.found.compared if one.found else "",
+            "merges": one.merges, "missing": one.missing, "apart": one.apart,
+            "compared": one.found.compared if one.found else "",
             "tables": [table for table in tables if table.rows],
             "pictures": [] if one.found is None else pictures(one.found),
         })  # fmt: skip

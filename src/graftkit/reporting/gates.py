@@ -90,11 +90,11 @@ def pictures(record: Record) -> list[tuple[str, str]]:
     for t in range(shown):
         means = [(tensor.name, tensor.mean_weights[t], tensor.size) for tensor in gated]
         for grid in records.grids(means, records.mean, keep=True):
-            picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="mean weight", middle=1 / count)
+            picture = records.heat_map(grid, "mean weight", middle=1 / count)
             found.append((f"Weight of {labels[t]} ({grid.stack})", picture))
         spread = [(tensor.name, tensor.weights[t][4] - tensor.weights[t][0], tensor.size) for tensor in gated]
         for grid in records.grids(spread, records.mean, keep=True):
-            picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="largest - least", color=plots.OTHER)
+            picture = records.heat_map(grid, "largest - least", color=plots.OTHER)
             found.append((f"How far it differs between channels ({grid.stack})", picture))
     return [*found, *_signals(gated, labels), *_curve(record)]
 
@@ -108,7 +108,7 @@ def _signals(gated: Sequence[TensorFacts], labels: Sequence[str]) -> Iterator[tu
         seen = [(t.name, getattr(t, signal), t.size) for t in gated if getattr(t, signal)]
         apart = [(name, own[0] - sum(own[1:]) / (len(own) - 1), size) for name, own, size in seen]
         for grid in records.grids(apart, records.mean, keep=True):
-            picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="difference", middle=0.0)
+            picture = records.heat_map(grid, "difference", middle=0.0)
             yield f"{signal.capitalize()} of {labels[0]} less that of the others ({grid.stack})", picture
 
 

@@ -101,6 +101,7 @@ def heat_map(
     columns: Sequence[str],
     *,
     label: str,
+    rows_are: str = "",
     color: str = ACCENT,
     top: float | None = None,
     middle: float | None = None,
@@ -109,12 +110,13 @@ def heat_map(
     """Values `[rows, columns]` as cells of one colour, faint for 0 and full for `top` (default: the largest value).
 
     With a `middle`, faint is there, and what lies below it has a colour of its own. NaN leaves a cell empty.
+    `rows_are` says what the rows are, such as `layer`.
     """
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, to_rgb
 
     cells = np.ma.masked_invalid(np.array(values, dtype=float))
-    figure, axes = _canvas(1.25 + max(0.115 * len(rows), 0.6))
+    figure, axes = _canvas(1.25 + max(0.115 * len(rows), 1.15))
     shades = LinearSegmentedColormap.from_list("shades", [(*to_rgb(color), 0.05), (*to_rgb(color), 1.0)])
     limit = top if top is not None else (float(cells.max()) if cells.count() else 1.0)
     low, high = 0.0, limit or 1.0
@@ -128,6 +130,7 @@ def heat_map(
     axes.set_yticks([row + 0.5 for row in range(0, len(rows), step)], [rows[row] for row in range(0, len(rows), step)])
     axes.set_xticks([column + 0.5 for column in range(len(columns))], columns, rotation=40, ha="right")
     axes.tick_params(length=0)
+    axes.set_ylabel(rows_are, color=_INK)
     axes.invert_yaxis()
     bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=30, fraction=0.05)
     bar.outline.set_visible(False)  # type: ignore[operator]

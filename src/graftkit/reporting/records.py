@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graftkit.errors import DataError
 from graftkit.measuring.results import parsed
 from graftkit.measuring.table import Cell, Column, Table
+from graftkit.reporting import plots
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -54,6 +55,21 @@ class InputFacts:
 
 
 @dataclass(frozen=True)
+class OutputFacts:
+    """What a recipe says of its output's form."""
+
+    like: str = ""
+    align: str = ""
+
+
+@dataclass(frozen=True)
+class RecipeFacts:
+    """What a record holds of its recipe, beside its text."""
+
+    output: OutputFacts = OutputFacts()
+
+
+@dataclass(frozen=True)
 class PlanFacts:
     """What a record says of the plan."""
 
@@ -78,6 +94,7 @@ class Record:
     """A merge's record, the content of `graft.json`; what it does not say, or says as null, is left at its default."""
 
     recipe_yaml: str = ""
+    recipe: RecipeFacts = RecipeFacts()
     plan: PlanFacts = PlanFacts()
     execution: RunFacts = RunFacts()
     inputs: tuple[InputFacts, ...] = ()
@@ -122,6 +139,11 @@ class Grid:
     def known(self) -> list[float]:
         """The values that are there."""
         return [value for row in self.values for value in row if not math.isnan(value)]
+
+
+def heat_map(grid: Grid, label: str, **how: Any) -> str:
+    """A grid as a picture, layers downwards; `how` as `plots.heat_map` takes it."""
+    return plots.heat_map(grid.values, grid.layers, grid.roles, label=label, rows_are="layer", **how)
 
 
 def costs_table(merges: Sequence[tuple[str, Record]]) -> Table:

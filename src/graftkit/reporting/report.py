@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graftkit.errors import OutputError, missing_extra
 from graftkit.measuring.comparison import compare_all, differences_table
 from graftkit.measuring.normalised import normalised_table
-from graftkit.measuring.results import Evaluation
+from graftkit.measuring.results import Evaluation, Metric
 from graftkit.measuring.table import Cell, Column, Table, Value
 from graftkit.reporting import experts, gates, plots, records
 from graftkit.reporting.experts import Beside
@@ -110,13 +110,17 @@ def _differences(evaluation: Evaluation) -> dict[str, Any]:
     drawn = [
         plots.interval_plot(
             [one.model for one in found], [one.differences[index].difference for one in found],
-            xlabel=f"Δ {task.metric.name} ({'higher' if task.metric.better == 'higher' else 'lower'} is better)",
+            xlabel=f"Δ {_named(task.metric)} ({task.metric.better} is better)",
             best=frozenset(k for k, one in enumerate(found) if one.differences[index].verdict == "better"),
             lines=(0.0,),
         )
         for index, task in enumerate(evaluation.tasks)
     ]  # fmt: skip
     return {"differences": differences_table(evaluation, base), "difference_pictures": drawn}
+
+
+def _named(metric: Metric) -> str:
+    return f"{metric.name}, {metric.unit}" if metric.unit else metric.name
 
 
 def _normalised(evaluation: Evaluation) -> dict[str, Any]:
@@ -147,34 +151,36 @@ def _spent(evaluation: Evaluation) -> Table:
 
 
 def _merges(merges: Sequence[tuple[str, Record]]) -> dict[str, Any]:
-    norms = [value for _, record in merges for grid in records.norm_grids(record) for value in grid.known()]
-    top = max(norms, default=0.0)
-    shown = [_merge(name, record, top) for name, record in merges]
+    moved, swallowed = (
+        max((value for _, record in merges for grid in kind(record) for value in grid.known()), default=0.0)
+        for kind in (records.norm_grids, records.swallowed_grids)
+    )
+    shown = [_merge(name, record, moved, swallowed) for name, record in merges]
     if not shown:
         return {"merges": []}
     return {"merges": shown, "costs": records.costs_table(merges), "deltas": records.deltas_table(merges)}
 
 
-def _merge(name: str, record: Record, top: float) -> dict[str, Any]:
+def _merge(name: str, record: Record, moved: float, swallowed: float) -> dict[str, Any]:
     ancestors = lineage(record)
     return {
         "name": name, "recipe": record.recipe_yaml, "inputs": records.inputs_table(record), "notes": record.notes,
-        "plan": record.plan.hash, "pictures": _layers(record, top),
+        "plan": record.plan.hash, "pictures": _layers(record, moved, swallowed),
         "lineage": ancestors if is_nested(ancestors) else (),
     }  # fmt: skip
 
 
-def _layers(record: Record, top: float) -> list[tuple[str, str]]:
-    """Captions and heat maps: norms of deltas, up to the same `top` in all merges, and what the cast swallowed."""
+def _layers(record: Record, moved: float, swallowed: float) -> list[tuple[str, str]]:
+    """Captions and heat maps: norms of deltas and what the cast swallowed, each up to the largest in all merges."""
     pictures = []
     for grid in records.norm_grids(record):
-        picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="norm of the delta", top=top)
+        picture = records.heat_map(grid, "norm of the delta", top=moved)
         pictures.append((f"How far each matrix moved ({grid.stack})", picture))
     for grid in records.cast_grids(record):
-        picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="% of the delta", color=plots.OTHER)
+        picture = records.heat_map(grid, "% of the delta", color=plots.OTHER)
         pictures.append((f"What rounding did to it ({grid.stack})", picture))
     for grid in records.swallowed_grids(record):
-        picture = plots.heat_map(grid.values, grid.layers, grid.roles, label="% of weights", color=plots.OTHER, top=100)
+        picture = records.heat_map(grid, "% of weights", color=plots.OTHER, top=swallowed)
         pictures.append((f"Changes too small for the output's dtype ({grid.stack})", picture))
     return pictures + gates.pictures(record)
 
@@ -186,11 +192,13 @@ def _commands(evaluation: Evaluation | None, given: Sequence[str]) -> list[str]:
 
 
 def _versions(evaluation: Evaluation | None, merges: Sequence[tuple[str, Record]]) -> Table:
-    """Versions and machines behind the evaluation and each merge."""
+    """Versions and machines behind the evaluation and each merge; merges of one kind share a column."""
     sources: list[tuple[str, Mapping[str, Any]]] = [("evaluation", evaluation.versions)] if evaluation else []
     sources += [(name, {**record.versions, **record.machine}) for name, record in merges]
     keys = list(dict.fromkeys(key for _, found in sources for key in found))
-    rows = tuple(
-        (name, *(str(found[key]) if found.get(key) is not None else None for key in keys)) for name, found in sources
-    )
-    return Table((Column("of"), *(Column(key) for key in keys)), rows)
+    alike: dict[tuple[str | None, ...], list[str]] = {}
+    for name, found in sources:
+        values = (found.get(key) for key in keys)
+        alike.setdefault(tuple(None if value is None else str(value) for value in values), []).append(name)
+    heads = (Column("of"), *(Column(", ".join(names)) for names in alike.values()))
+    return Table(heads, tuple((key, *(values[place] for values in alike)) for place, key in enumerate(keys)))
