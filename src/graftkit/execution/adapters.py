@@ -1,8 +1,8 @@
-"""Steps whose delta leaves as factors, and the adapter that they make together.
+"""Steps whose delta is made of factors, and the adapter that they make together.
 
 A weighted sum of adapters is their factors side by side; a method that commutes with rotations runs on their cores, or
-on as many rows as their ranks; anything else is dense rows that go by. Only the last reads a base, and only where
-models or method need one.
+on as many rows as their ranks, whether the delta leaves as factors or is added to a base; anything else is dense rows
+that go by. Only the last reads a base, and only where models or method need one.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import numpy as np
 from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.adapter_sink import AdapterSink
-from graftkit.checkpoints.adapters import WRAPPER
+from graftkit.checkpoints.adapters import WRAPPER, LowRank
 from graftkit.errors import GraftError, NonFiniteError
 from graftkit.execution import measured, shared
 from graftkit.execution.apart import apart
 from graftkit.execution.apply import apply, refusing
-from graftkit.execution.blocks import Workspace, open_feed
+from graftkit.execution.blocks import Reader, Workspace, open_feed
 from graftkit.execution.factoring import Core, Factored, Wanted, balanced, core_of, sketched, stacked
 from graftkit.methods.random import key_of
 from graftkit.recipes.plan import Plan
@@ -67,9 +67,23 @@ def from_factors(plan: Plan, sink: AdapterSink, step: Step, device: str, space: 
             return _write(sink, step, balanced(left, right))
         core = core_of([(left, right)])
         return _write(sink, step, core.factored(core.cores[0], wanted))
-    core = core_of(here, columns_too=step.form.path == "core")
-    given |= measured.in_core(step, plan.statistics, core, here)
-    return _write(sink, step, core.factored(_in_core(step, core, pairs, given, device, space), wanted))
+    core, mixed = _merged(plan, step, pairs, given, device, space)
+    return _write(sink, step, core.factored(mixed, wanted))
+
+
+def on_core(plan: Plan, reader: Reader, device: str) -> Merged:
+    """What merges the blocks of a step whose method runs on the core of its adapters: rows of one small product."""
+    step = reader.step
+    pairs = [_pair(plan, step, k, np.float64) for k in range(len(step.models))]
+    given = _statistics(pairs) if methods.get(step.method).statistics else {}
+    core, made = _merged(plan, step, pairs, given, device, reader.space)
+    left, right = (core.rows, made) if core.columns is None else (core.rows @ made, core.columns.T.copy())
+    delta = LowRank(left, right)
+
+    def block(start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None, bool]:
+        return delta.block(start, stop).astype(reader.dtype, copy=False), reader.read_base(start, stop), True
+
+    return block
 
 
 def _pair(plan: Plan, step: Step, k: int, kind: Any) -> Pair | None:
@@ -88,6 +102,16 @@ def _statistics(pairs: Sequence[Pair | None]) -> dict[str, np.ndarray]:
             if one is not None and other is not None:
                 dots[s, t] = dots[t, s] = float(((one[0].T @ other[0]) * (one[1] @ other[1].T)).sum())
     return {"dots": dots, "norms": np.sqrt(np.maximum(np.diagonal(dots), 0))}
+
+
+def _merged(
+    plan: Plan, step: Step, pairs: Sequence[Pair | None], given: dict[str, Any], device: str, space: Workspace
+) -> tuple[Core, np.ndarray]:
+    """The core of some factors, and what the method makes of it."""
+    here = [pair for pair in pairs if pair is not None]
+    core = core_of(here, columns_too=methods.get(step.method).commutes(step.knobs) == "both")
+    given = given | measured.in_core(step, plan.statistics, core, here)
+    return core, _in_core(step, core, pairs, given, device, space)
 
 
 def _in_core(

@@ -18,7 +18,7 @@ from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.headers import ITEMSIZE
 from graftkit.errors import CheckpointError
-from graftkit.execution import coefficients, gating, measured, reductions, sums
+from graftkit.execution import adapters, coefficients, gating, measured, reductions, sums
 from graftkit.execution.aligning import places
 from graftkit.execution.apply import apply, numbers_of
 from graftkit.execution.blending import fused_of
@@ -116,6 +116,13 @@ class LiveSteps:
             self._statistics[key] = found
         return dict(self._statistics[key])
 
+    def _found(self, step: Step, planned: Plan, reader: Reader, known: Mapping[str, Threshold]) -> dict[str, Any]:
+        """All that the method reads beside blocks."""
+        method = methods.get(step.method)
+        found = self._measured(step, planned, reader, known) | gating.read(method, step, planned.gates)
+        found |= measured.read(step, planned.statistics, reader)
+        return found | numbers_of(method, found, step.knobs, len(step.models))
+
     def _write(self, step: Step, planned: Plan, known: Mapping[str, Threshold], target: Tensor | None) -> None:
         """One step's result into its parameter."""
         if target is None:
@@ -125,14 +132,13 @@ class LiveSteps:
             return _copy(step, planned, place, self._space)
         method = methods.get(step.method)
         reader, _ = opened(step, planned.sources, self._space, known)
-        found = self._measured(step, planned, reader, known) | gating.read(method, step, planned.gates)
-        found |= measured.read(step, planned.statistics, reader)
-        found |= numbers_of(method, found, step.knobs, len(step.models))
+        found = {} if step.directions else self._found(step, planned, reader, known)
         if method.factors:
             direct, view = sums.sum_of(method, found["factors"], reader), place.view
             if direct and view is not None and sums.write(step, direct, view, self._space):
                 return None
-        merged, tally = finished(partial(_merged, reader, found), reader, "cpu"), Tally()
+        here = adapters.on_core(planned, reader, "cpu") if step.directions else partial(_merged, reader, found)
+        merged, tally = finished(here, reader, "cpu"), Tally()
         fused = fused_of(method, found, reader)
         for start, stop in cuts(step):
             if fused:

@@ -320,12 +320,12 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     """Computes and writes one tensor; returns its line of the record."""
     method, space = methods.get(step.method), job.space
     reader, prepared = opened(step, job.plan.sources, space, job.thresholds)
-    statistics, notes = reductions.statistics_of(method, step.knobs, reader, job.thresholds.get(step.group))
-    statistics |= gating.read(method, step, job.plan.gates) | measured.read(step, job.plan.statistics, reader)
-    notes |= gating.evidence(step, job.plan.gates, statistics)
-    statistics |= numbers_of(method, statistics, step.knobs, len(step.models))
+    statistics, notes = _found(job, reader)
     tally, fused = Tally(), fused_of(method, statistics, reader) if job.device == "cpu" else None
-    merged = finished(partial(_merged, job, reader, statistics), reader, job.device)
+    here = (
+        adapters.on_core(job.plan, reader, job.device) if step.directions else partial(_merged, job, reader, statistics)
+    )
+    merged = finished(here, reader, job.device)
     marked = masking.Marked(merged, reader, job.plan.sources, job.sink) if method.masks else None
     if step.form and isinstance(job.sink, AdapterSink):
         return {**adapters.from_rows(job.plan, job.sink, step, _stoppable(job, merged)), **notes}
@@ -338,6 +338,17 @@ def _merge_step(job: Job, step: Step) -> dict[str, Any]:
     around = {"prepare": prepared, "finish": [applied.name for applied in step.finish]}
     around |= marked.record() if marked else {}
     return {"method": step.method, **{k: v for k, v in around.items() if v}, **tally.record(step.elements), **notes}
+
+
+def _found(job: Job, reader: Reader) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the method reads beside blocks, and what the record says of it; on a core it is found there."""
+    step, method = reader.step, methods.get(reader.step.method)
+    if step.directions:
+        return {}, {}
+    statistics, notes = reductions.statistics_of(method, step.knobs, reader, job.thresholds.get(step.group))
+    statistics |= gating.read(method, step, job.plan.gates) | measured.read(step, job.plan.statistics, reader)
+    notes |= gating.evidence(step, job.plan.gates, statistics)
+    return statistics | numbers_of(method, statistics, step.knobs, len(step.models)), notes
 
 
 def _stoppable(job: Job, merged: Merged) -> Merged:

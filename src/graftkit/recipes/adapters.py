@@ -1,4 +1,5 @@
 """An adapter as the output: which tensors leave as factors, by which path, and what happens to those that cannot.
+And adapters as inputs of a checkpoint: where a method needs no more than their cores.
 
 Paths, by what the method and its inputs allow:
 
@@ -90,6 +91,24 @@ def as_factors(context: Context, steps: Sequence[Step]) -> list[Step]:
                 f"{context.sources[step.base.source].name!r} is not here; fetch it, and name it with `base:`"
             )
     return kept
+
+
+def on_cores(context: Context, steps: Sequence[Step]) -> list[Step]:
+    """The steps of a checkpoint; those of adapters by a method for whole tensors that commutes with rotations run on
+    the adapters' directions."""
+    return [replace(step, directions=_directions(context, step)) for step in steps]
+
+
+def _directions(context: Context, step: Step) -> int:
+    """The sum of the ranks of a step's adapters, where its method may run on these directions alone; else 0."""
+    method = methods.get(step.method) if step.method else None
+    plain = all(part.kind in ("factors", "base") and part.rows is None for part in step.models) and not step.rows
+    if method is None or method.grain != "tensor" or not plain or step.prepare or len(step.shape) != 2:
+        return 0
+    if not method.returns_delta or method.masks or method.factors or not method.commutes(step.knobs):
+        return 0
+    ranks = sum(factors.rank for _, factors in _adapted(context, step))
+    return ranks if ranks < min(step.shape) else 0
 
 
 def _as_factors(context: Context, step: Step) -> Step | None:

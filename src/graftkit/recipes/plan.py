@@ -145,6 +145,7 @@ def plan(
         shards: tuple[Shard, ...] = (Shard(WEIGHTS, tuple(made)),)
     else:
         adapters.check_products(made)
+        made = adapters.on_cores(form.contexts[0], made)
         shards = _shards(made, recipe.output.shard_bytes)
     coefficients.check(made)
     scopes = {methods.get(s.method).scope(s.knobs) for s in made if s.method and methods.get(s.method).statistics}
@@ -223,7 +224,7 @@ def _content(step: Step) -> list[Any]:
     form = asdict(step.form) if step.form else None
     return [
         step.name, step.shape, step.dtype, step.method, dict(step.knobs), parts, step.keys, step.group, around, form,
-        step.rows.digest if step.rows else "", step.whole,
+        step.rows.digest if step.rows else "", step.whole, step.directions,
     ]  # fmt: skip
 
 

@@ -83,6 +83,7 @@ class Step:
     rows: Rows | None = None  # of the output's tensor, where the step makes only some
     part: str = ""  # which of the tensor's steps it is
     whole: tuple[int, ...] = ()  # the shape of the output's tensor, where the step makes only some rows of it
+    directions: int = 0  # the ranks of adapters in sum, where a method for whole tensors runs on no more than these
 
     @property
     def key(self) -> str:
@@ -109,7 +110,8 @@ class Step:
     @property
     def grain(self) -> str:
         """How it may be cut: as the part that needs most around an element."""
-        return max((part.grain for part in self.parts), key=methods.GRAINS.index, default="element")
+        parts = (part.grain for part in self.parts if not (self.directions and part.name == self.method))
+        return max(parts, key=methods.GRAINS.index, default="element")
 
 
 KEPT = 4 << 20
@@ -130,7 +132,8 @@ def scratch(step: Step) -> int:
     block = step.elements if step.grain == "tensor" else min(step.elements, BLOCK)
     wide = ITEMSIZE[step.compute]
     floats = (len(step.models) + 2) * (TEMPORARIES if any(not part.compiled for part in step.parts) else 1)
-    factors = (THIN * step.form.directions * sum(step.shape) + min(step.elements, KEPT)) * 8 if step.form else 0
+    factors = THIN * step.directions * sum(step.shape) * 8
+    factors += (THIN * step.form.directions * sum(step.shape) + min(step.elements, KEPT)) * 8 if step.form else 0
     return block * (floats * wide + 2 * 8) + factors + _moments(step) + _kept(step)
 
 
