@@ -369,6 +369,15 @@ def test_models_of_which_nothing_can_be_compared_are_told(root: Path) -> None:
     assert sum("were not compared" in note for note in plan(recipe(root)).notes) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("place", ["math", "base"])
+def test_quantised_weights_are_refused_by_name(root: Path, dtype: torch.dtype, place: str) -> None:
+    """By the plan, not by the comparison before it, which takes what numbers there are."""
+    tiny.save(root / place, {n: t.to(dtype) if "up_proj" in n else t for n, t in loaded(root, place).items()})
+    with pytest.raises(PlanError, match=r"up_proj.weight' as (I8|F8_E4M3), .*quantised and integer weights"):
+        plan(recipe(root))
+
+
 def test_the_sample_is_bounded_and_seen_in_every_layout(root: Path) -> None:
     kin = plan(recipe(root)).backbone.kin[0]
     assert kin.values <= ancestry.MATRICES * ancestry.ROWS * ancestry.COLUMNS
@@ -483,11 +492,22 @@ def test_the_sugar_is_an_ordinary_recipe(root: Path) -> None:
     assert plan(written).hash == plan(plain).hash
 
 
+def test_the_vlm_has_examples_beside_it_as_an_expert_has(root: Path) -> None:
+    vlm = {"model": str(root / "vlm"), "vl_weight": 0.7, "data": "seen.jsonl"}
+    told = recipe(root, vlm=vlm, vl_weight=None, exp_weight=None,
+                  experts=[{"model": str(root / "math"), "data": "read.jsonl"}])  # fmt: skip
+    made = load(told).to_dict()
+    assert [entry.get("data") for entry in made["models"]] == ["seen.jsonl", "read.jsonl"]
+    assert made["models"][0]["weight"] == 0.7 and made["output"]["like"] == str(root / "vlm")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"vlm": None}, "vlm: 'exp_weight' stands without it"),
         ({"vlm": 3}, "vlm: got 3, expected a path"),
+        ({"vlm": {"data": "x"}}, "vlm: got .* or a mapping with 'model'"),
+        ({"vlm": {"model": "x", "weight": 1}}, "'x' has a weight of its own and one by vl_weight"),
         ({"experts": None}, "experts: the key is missing"),
         ({"experts": []}, r"experts: got \[\], expected a list"),
         ({"experts": [{"modle": "x"}]}, r"experts\[0\]: got .* 'model'"),

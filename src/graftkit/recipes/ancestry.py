@@ -70,7 +70,7 @@ def kinship(one: Side, other: Side, shapes: Mapping[str, tuple[int, ...]]) -> Ki
         left, right = _sample(one, name, shapes[name]), _sample(other, name, shapes[name])
         dot, norms = sum(map(mul, left, right)), (sum(map(mul, left, left)), sum(map(mul, right, right)))
         if not all(math.isfinite(norm) and norm > 0 for norm in norms):
-            continue  # zeros tell nothing, and what is broken is refused by name where it is read
+            continue  # zeros tell nothing, and what is broken or quantised is refused by name where it is read
         values += len(left)
         cosines.append(dot / math.sqrt(norms[0]) / math.sqrt(norms[1]))
         distances.append(math.sqrt(max(0.0, norms[0] + norms[1] - 2 * dot) / norms[1]))
@@ -86,7 +86,9 @@ def _spread(names: Sequence[str], count: int) -> list[str]:
 
 
 def _sample(side: Side, name: str, shape: tuple[int, ...]) -> Sequence[float]:
-    """The heads of some rows of an output's tensor, as a model has them."""
+    """The heads of some rows of an output's tensor, as a model has them; none of what holds no plain numbers."""
+    if any(side.tensors[piece.name].dtype not in NUMBERS for piece in side.pieces[name]):
+        return ()
     rows = dict.fromkeys(shape[0] * (2 * k + 1) // (2 * ROWS) for k in range(ROWS)) if shape[0] else {}
     width, found = math.prod(shape[1:]), list[float]()
     for row in rows:

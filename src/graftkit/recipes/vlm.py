@@ -1,7 +1,7 @@
 """The keys of a recipe for a VLM and text experts, written out as an ordinary recipe.
 
 vlm: some/vlm                        # the first of the models, and what the output is like
-experts: [text/expert]               # the others
+experts: [text/expert]               # the others; each, and the VLM, may be a mapping with `data:` and the like
 vl_weight: 1.0                       # the VLM's `weight`
 exp_weight: 0.5                      # the experts' `weight`: one for all, one each, or beside an expert
 embeddings: keep                     # or shared-rows
@@ -17,29 +17,29 @@ from graftkit.errors import RecipeError
 
 KEYS = frozenset(("vlm", "experts", "vl_weight", "exp_weight", "embeddings"))
 WEIGHTS = ("vl_weight", "exp_weight")
+EXPECTED = "expected a path or a hub id"
 
 
 def expanded(data: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The recipe without these keys. Raises RecipeError for what they cannot mean."""
     rest = {key: value for key, value in data.items() if key not in KEYS}
-    if not isinstance(data.get("vlm"), str) or not data["vlm"]:
-        got = f"got {data['vlm']!r}" if "vlm" in data else f"{min(KEYS & data.keys())!r} stands without it"
-        raise RecipeError(
-            f"{where}: vlm: {got}, expected a path or a hub id of the VLM that text models are merged into"
-        )
+    if "vlm" not in data:
+        raise RecipeError(f"{where}: vlm: {min(KEYS & data.keys())!r} stands without it, {EXPECTED} of the VLM")
+    vlm = _entry(data["vlm"], "vl_weight", f"{where}: vlm")
     for key in ("models", "slices"):
         if key in data:
             raise RecipeError(f"{where}: has both vlm and {key}; list the text models as `experts`, and drop `{key}`")
     experts = _experts(data, where)
     _check_weights(data, where)
     weights = _spread(data, len(experts), where)
-    models = [{"model": data["vlm"]}, *experts]
-    for entry, weight in zip(models, weights, strict=True):
+    models = [vlm, *experts]
+    for k, (entry, weight) in enumerate(zip(models, weights, strict=True)):
         if weight is not None and "weight" in entry:
-            raise RecipeError(f"{where}: {entry['model']!r} has a weight of its own and one by exp_weight; drop one")
+            key = WEIGHTS[min(k, 1)]
+            raise RecipeError(f"{where}: {entry['model']!r} has a weight of its own and one by {key}; drop one")
         entry |= {} if weight is None else {"weight": weight}
-    rules = rest.get("rules")
-    made: dict[str, Any] = {**rest, "models": models, "output": _output(rest.get("output", {}), data, where)}
+    rules, output = rest.get("rules"), _output(rest.get("output", {}), vlm["model"], data, where)
+    made: dict[str, Any] = {**rest, "models": models, "output": output}
     if isinstance(rules, list):
         made["rules"] = [_rule(rule, len(experts), f"{where}: rules[{r}]") for r, rule in enumerate(rules)]
     return made
@@ -50,17 +50,17 @@ def _experts(data: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         got = f"got {given!r}, " if "experts" in data else "the key is missing, "
         raise RecipeError(f"{where}: experts: {got}expected a list of at least one text model or adapter")
-    found = []
-    for k, item in enumerate(given):
-        entry = {"model": item} if isinstance(item, str) else item
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str):
-            raise RecipeError(
-                f"{where}: experts[{k}]: got {item!r}, expected a path, a hub id, or a mapping with 'model'"
-            )
-        if {"weight", "exp_weight"} <= entry.keys():
-            raise RecipeError(f"{where}: experts[{k}]: weight and exp_weight are one thing; drop one")
-        found.append({"weight" if key == "exp_weight" else key: value for key, value in entry.items()})
-    return found
+    return [_entry(item, "exp_weight", f"{where}: experts[{k}]") for k, item in enumerate(given)]
+
+
+def _entry(item: Any, key: str, where: str) -> dict[str, Any]:
+    """A model's entry in a recipe, its weight under the name that it has there."""
+    entry = {"model": item} if isinstance(item, str) else item
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("model"), str) or not entry["model"]:
+        raise RecipeError(f"{where}: got {item!r}, {EXPECTED}, or a mapping with 'model'")
+    if {"weight", key} <= entry.keys():
+        raise RecipeError(f"{where}: weight and {key} are one thing; drop one")
+    return {"weight" if name == key else name: value for name, value in entry.items()}
 
 
 def _check_weights(data: Mapping[str, Any], where: str) -> None:
@@ -92,11 +92,11 @@ def _rule(rule: Any, count: int, where: str) -> Any:
     return {**rest, "knobs": {**knobs, "weight": _spread(rule, count, where)}}
 
 
-def _output(output: Any, data: Mapping[str, Any], where: str) -> Any:
+def _output(output: Any, vlm: str, data: Mapping[str, Any], where: str) -> Any:
     if not isinstance(output, Mapping):
         return output
-    for key, value in (("like", data["vlm"]), ("align", "backbone")):
+    for key, value in (("like", vlm), ("align", "backbone")):
         if output.get(key, value) != value:
             raise RecipeError(f"{where}: output.{key}: got {output[key]!r}, and with `vlm` it is {value!r}; drop it")
     kept = {"embeddings": data["embeddings"]} if "embeddings" in data else {}
-    return {**output, "like": data["vlm"], "align": "backbone", **kept}
+    return {**output, "like": vlm, "align": "backbone", **kept}
