@@ -8,112 +8,32 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from make_vlm import HERE, expert, place
+from study_tables import (
+    CONFINED,
+    METHODS,
+    PRICES,
+    RESULTS,
+    WAYS,
+    Known,
+    Rows,
+    by_way,
+    confined_rows,
+    price_rows,
+    study_rows,
+    tried,
+)
 from train_vlm import PARTS, VLMS
-from trials import EXP_WEIGHTS, LOSS, VL_WEIGHTS, Point, Trial, chosen, grid, read, swapped
+from trials import EXP_WEIGHTS, LOSS, VL_WEIGHTS, Point, Trial, chosen, grid, read
 from wording import SCENARIOS
 
-from graftkit.measuring.resampling import interval, resampled_sums
-
 DOCS = HERE.parents[2] / "docs"
-METHODS = {"task_arithmetic": (None,), "dare": (0.3, 0.7), "ties": (0.3, 0.7)}
-RESAMPLES = 10_000
-Known = dict[tuple[Point, str, str], Trial]
-
-
-def bits(trial: Trial) -> Any:
-    """Right or not by item, as numbers."""
-    return np.array(list(map(int, trial.right)), dtype=np.float64)
-
-
-def told(values: Any, key: str, signed: bool = False) -> str:
-    """A mean in points with its 95 % bootstrap interval over items."""
-    drawn = resampled_sums(values[:, None], RESAMPLES, 0, key)[:, 0] / len(values)
-    low, high = interval(drawn)
-    form = "{:+.1f} [{:+.1f}, {:+.1f}]" if signed else "{:.1f} [{:.1f}, {:.1f}]"
-    return form.format(*(100 * value for value in (values.mean(), low, high)))
-
-
-def weights(point: Point) -> str:
-    """A point's coefficients."""
-    if not point.expert:
-        return "-"
-    made = f"{point.vl_weight:g} / {point.exp_weight:g}"
-    return made if point.density is None else f"{made}, density {point.density:g}"
-
-
-def candidates(vlm: str, name: str, scenario: str, known: Known) -> Iterator[tuple[str, Point]]:
-    """What was tested, in the order of the table."""
-    yield "VLM", Point(vlm)
-    yield "expert swapped in", swapped(vlm, name)
-    for method, densities in METHODS.items():
-        points = grid(vlm, name, method, densities)
-        best = chosen(known, points, scenario)
-        tried = sum((point, "dev", scenario) in known for point in points)
-        if best:
-            yield method + ("" if tried == len(points) else f" ({tried} of {len(points)} points tried)"), best
-        if tried == len(points) and method == "task_arithmetic":
-            confined = chosen(known, [one for one in points if abs(one.total - 1) < 1e-9], scenario)
-            if confined:
-                yield "task_arithmetic, sum 1", confined
-
-
-def study_rows(vlm: str, name: str, scenario: str, known: Known) -> Iterator[str]:
-    """The table's rows of one VLM and one scenario."""
-    plain = {task: known.get((Point(vlm), "test", task)) for task in (scenario, "digits", "shapes")}
-    for label, point in candidates(vlm, name, scenario, known):
-        tests = {task: known.get((point, "test", task)) for task in plain}
-        if any(tests[task] is None or plain[task] is None for task in (scenario, "digits")):
-            continue
-        dev = [known[point, "dev", task].share for task in (scenario, "digits")]
-        cells = [scenario, label, weights(point), f"{100 * dev[0]:.1f}, {100 * dev[1]:.1f}"]
-        for task, trial in tests.items():
-            cells.append("" if trial is None else told(bits(trial), task))
-            if point.expert and task != "shapes":
-                cells.append(told(bits(trial) - bits(plain[task]), task, signed=True))
-            elif task != "shapes":
-                cells.append("")
-        yield "| " + " | ".join(cells) + " |"
-
-
-HEAD = (
-    "| scenario | model | vl / exp weight | dev: skill, own | skill | gain | own: digits | change | shapes |\n"
-    "|---|---|---|---|---|---|---|---|---|"
-)
-
-
-def by_way(vlm: str, name: str, scenario: str, known: Known) -> Iterator[str]:
-    """Test shares by way to ask."""
-    for label, point in candidates(vlm, name, scenario, known):
-        trial = known.get((point, "test", scenario))
-        if trial:
-            shares = ", ".join(f"{way} {100 * share:.1f}" for way, share in sorted(trial.subtasks.items()))
-            yield f"| {scenario} | {label} | {shares} |"
-
-
-def confined_rows(vlm: str, name: str, scenario: str, known: Known) -> Iterator[str]:
-    """What confining the sum of the coefficients costs, on dev and on test (where it was tested)."""
-    points = grid(vlm, name, "task_arithmetic")
-    best = chosen(known, points, scenario)
-    if best is None or any((point, "dev", scenario) not in known for point in points):
-        return
-    top = known[best, "dev", scenario].share
-    for label, width in (("1", 1e-9), ("0.75 to 1.25", 0.25 + 1e-9)):
-        found = chosen(known, [one for one in points if abs(one.total - 1) <= width], scenario)
-        if found:
-            share = known[found, "dev", scenario].share
-            tests = [known.get((one, "test", scenario)) for one in (best, found)]
-            tested = f"{100 * tests[0].share:.1f} to {100 * tests[1].share:.1f}" if all(tests) else "not tested"
-            lost = 100 * (top - share) / top if top else 0.0
-            cells = [scenario, label, weights(best), weights(found), f"{100 * top:.1f} to {100 * share:.1f}"]
-            yield "| " + " | ".join([*cells, f"{lost:.0f} %", tested]) + " |"
 
 
 def landscape(vlm: str, name: str, scenario: str, known: Known, out: Path) -> bool:
@@ -194,7 +114,7 @@ def missing(known: Known) -> Iterator[str]:
         left = []
         for vlm, name, scenario in PAIRS:
             points = grid(vlm, name, method, densities)
-            count = sum((point, "dev", scenario) not in known for point in points)
+            count = len(points) - len(tried(points, scenario, known))
             left += [f"{vlm} with {name} ({count} of {len(points)} points)"] if count else []
         if left:
             yield f"- {method}: {', '.join(left)}"
@@ -217,19 +137,23 @@ Shares of right answers in %, with 95 % bootstrap intervals over items; gain and
 VLM. Chosen on dev: most right answers of the skill at no more than {100 * LOSS:g} points of the VLM's own task; if no
 point keeps that, most of both together. `skill` is what only the expert learnt, asked of a picture.
 """
+PRICE = """
+The most right answers of the skill on dev, in %, of all points that cost the VLM at most so many points of its own task
+(digits on dev), by method. Not what was tested: the point chosen is the best of the column "at most 5".
+"""
+SUM = """
+Of task arithmetic, where the whole grid was tried. Left the point with most skill on dev, whatever it costs the VLM,
+and what of it is lost, as a share, by confining the sum; right the point chosen as above among the same points.
+"""
 COSTS = "Medians of seconds of computing, one thread, on a machine that others used at the same time."
 SQUARE = "Task arithmetic, %; the red square is the chosen point, empty cells were not tried."
-WAYS = "| scenario | model | test, % |\n|---|---|---|"
-CONFINED = (
-    "| scenario | sum | best of all | best so confined | dev skill | lost | test skill |\n|---|---|---|---|---|---|---|"
-)
 PAIRS = (
     *((vlm, name, name) for vlm in ("neutral", "sketch") for name in SCENARIOS),
     ("neutral-seed1", "language-seed1", "language"),
 )
 
 
-def tables(title: str, head: str, rows: Callable[[str, str, str, Known], Iterator[str]], known: Known) -> Iterator[str]:
+def tables(title: str, head: str, rows: Rows, known: Known) -> Iterator[str]:
     """A table for each VLM of which there is something to tell."""
     for vlm in dict.fromkeys(vlm for vlm, _, _ in PAIRS):
         found = [row for own, name, scenario in PAIRS if own == vlm for row in rows(own, name, scenario, known)]
@@ -252,10 +176,10 @@ def page() -> str:
         "# Skills from text experts in a VLM", INTRODUCTION, findings, "",
         "## What was trained", "", *trained(known), "", versions(), "",
         "## Results on test", LEGEND,
-        *tables("Results", HEAD, study_rows, known),
+        *tables("Results", RESULTS, study_rows, known),
         *tables("By way to ask", WAYS, by_way, known),
-        "## Confined to a sum of one", "", "Where the whole grid was tried.", "",
-        *tables("Coefficients confined", CONFINED, confined_rows, known),
+        "## What a skill costs", PRICE, *tables("Skill on dev by loss", PRICES, price_rows, known),
+        "## Confined to a sum of one", SUM, *tables("Coefficients confined", CONFINED, confined_rows, known),
         "## Landscapes on dev", "", SQUARE, "", *pictures(known),
         "## What a trial takes", "", COSTS, "", costs(known), "", "## Not run", "", *missing(known), "",
     ])  # fmt: skip
