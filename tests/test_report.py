@@ -259,6 +259,30 @@ def test_what_the_cast_swallowed_is_drawn_up_to_the_largest_of_all_merges(monkey
     assert tops[2::3] == [50.0, 50.0] and tops[0::3] == [5.0, 5.0]
 
 
+def test_what_an_adapters_rank_left_out_is_shown(tmp_path: Path) -> None:
+    line = {"name": "model.layers.0.mlp.up_proj.weight", "shape": [4, 4], "delta_norm": 5.0, "error_norm": 3.0}
+    adapter = RECORD | {"tensors": [line]}
+    table = records.deltas_table([("a", records.read(adapter))])
+    assert [column.name for column in table.columns[3:]] == ["left out by the rank"] and table.rows[0][3] == 60.0
+    (grid,) = records.rank_grids(records.read(adapter))
+    assert grid.known() == [60.0]
+    page = write_report(tmp_path / "a.html", title="t", evaluation=None, merges=[("a", adapter)]).read_text()
+    assert "What the adapter&#39;s rank left out" in page and "left out by the rank" in page
+
+
+def test_rounding_that_is_next_to_nothing_is_drawn_faint(monkeypatch, tmp_path: Path) -> None:
+    tops: list[float] = []
+    monkeypatch.setattr(records, "heat_map", lambda grid, label, **how: tops.append(how.get("top", -1.0)) or "<svg/>")
+    exact = tensor("model.layers.0.mlp.up_proj.weight", 1.0, unchanged=0.0001, cast_error_norm=0.0001)
+    write_report(tmp_path / "a.html", title="t", evaluation=None, merges=[("a", RECORD | {"tensors": [exact]})])
+    assert tops[1:] == [1.0, 1.0]
+
+
+def test_layers_are_whole_numbers() -> None:
+    drawn = plots.line_plot([0, 1, 2], {"one": [0.5, 1.5, 1.0]}, xlabel="layer", ylabel="norm")
+    assert ">0.25<" not in drawn and ">2<" in drawn
+
+
 def test_lines_are_told_apart() -> None:
     lines = {f"pair {k}": [0.1 * k, None, 0.3] for k in range(7)}
     drawn = plots.line_plot([0, 1, 2], lines, xlabel="layer", ylabel="cosine", line=0.0)

@@ -91,6 +91,7 @@ def line_plot(
         heights = [float("nan") if value is None else value for value in values]
         color, dashes = _line_style(number)
         axes.plot(list(places), heights, color=color, linestyle=dashes, linewidth=1.6, label=_short(name, 44))
+    axes.locator_params(axis="x", integer=True)
     return _finished(figure, axes, xlabel, ylabel, title)
 
 

@@ -30,6 +30,7 @@ class TensorFacts:
     shape: tuple[int, ...] = ()
     delta_norm: float | None = None
     cast_error_norm: float | None = None
+    error_norm: float | None = None  # of what an adapter's rank leaves out
     unchanged: float | None = None
     weights: tuple[tuple[float, ...], ...] = ()
     mean_weights: tuple[float, ...] = ()
@@ -164,12 +165,16 @@ def inputs_table(record: Record) -> Table:
 
 
 def deltas_table(merges: Sequence[tuple[str, Record]]) -> Table:
-    """Merges by the norm of their delta, the relative error of the cast, and the share of changes that it swallowed."""
+    """Merges by the norm of their delta, the relative error of the cast and the share of changes that it swallowed, and
+    what an adapter's rank left out; a column that no merge has is left out."""
     columns = (
         Column("merge"), Column("tensors"), Column("delta norm", "", None, 2),
         Column("cast error", "% of the delta", None, 2), Column("swallowed by the cast", "% of weights", None, 1),
+        Column("left out by the rank", "% of the delta", None, 2),
     )  # fmt: skip
-    return Table(columns, tuple(_delta(name, record.tensors) for name, record in merges))
+    rows = [_delta(name, record.tensors) for name, record in merges]
+    kept = [place for place in range(len(columns)) if place < 3 or any(row[place] is not None for row in rows)]
+    return Table(tuple(columns[place] for place in kept), tuple(tuple(row[place] for place in kept) for row in rows))
 
 
 def norm_grids(record: Record) -> list[Grid]:
@@ -186,11 +191,17 @@ def swallowed_grids(record: Record) -> list[Grid]:
 
 def cast_grids(record: Record) -> list[Grid]:
     """The error of the cast in percent of the delta, by layer and role."""
-    found = [
-        (t.name, 100 * t.cast_error_norm / t.delta_norm, t.size)
-        for t in record.tensors
-        if t.cast_error_norm is not None and t.delta_norm
-    ]
+    return _errors(record, "cast_error_norm")
+
+
+def rank_grids(record: Record) -> list[Grid]:
+    """What an adapter's rank left out in percent of the delta, by layer and role."""
+    return _errors(record, "error_norm")
+
+
+def _errors(record: Record, kind: str) -> list[Grid]:
+    measured = [(t.name, getattr(t, kind), t.delta_norm, t.size) for t in record.tensors]
+    found = [(name, 100 * error / norm, size) for name, error, norm, size in measured if error is not None and norm]
     return grids(found, mean)
 
 
@@ -246,10 +257,10 @@ def _cost(name: str, record: Record) -> tuple[Cell, ...]:
 
 def _delta(name: str, tensors: Sequence[TensorFacts]) -> tuple[Cell, ...]:
     norm = _norm([tensor.delta_norm for tensor in tensors])
-    error = _norm([tensor.cast_error_norm for tensor in tensors])
+    cast, rank = (_norm([getattr(t, kind) for t in tensors]) for kind in ("cast_error_norm", "error_norm"))
     unchanged = [(tensor.unchanged, tensor.size) for tensor in tensors if tensor.unchanged is not None]
-    relative = 100 * error / norm if norm and error is not None else None
-    return name, len(tensors), norm, relative, 100 * mean(unchanged) if unchanged else None
+    relative = [100 * error / norm if norm and error is not None else None for error in (cast, rank)]
+    return name, len(tensors), norm, relative[0], 100 * mean(unchanged) if unchanged else None, relative[1]
 
 
 def _norm(values: Sequence[float | None]) -> float | None:

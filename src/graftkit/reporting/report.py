@@ -20,6 +20,8 @@ from graftkit.reporting.records import Record
 if TYPE_CHECKING:
     from jinja2 import Template
 
+_FAINT = 1.0  # per cent: below it a heat map is faint all over
+
 Merge = tuple[str, Mapping[str, Any]]
 """A merged model's name and its record, the content of `graft.json`."""
 
@@ -176,11 +178,15 @@ def _layers(record: Record, moved: float, swallowed: float) -> list[tuple[str, s
     for grid in records.norm_grids(record):
         picture = records.heat_map(grid, "norm of the delta", top=moved)
         pictures.append((f"How far each matrix moved ({grid.stack})", picture))
-    for grid in records.cast_grids(record):
-        picture = records.heat_map(grid, "% of the delta", color=plots.OTHER)
-        pictures.append((f"What rounding did to it ({grid.stack})", picture))
+    for caption, grids in (
+        ("What rounding did to it", records.cast_grids(record)),
+        ("What the adapter's rank left out", records.rank_grids(record)),
+    ):
+        for grid in grids:
+            picture = records.heat_map(grid, "% of the delta", color=plots.OTHER, top=max(_FAINT, *grid.known()))
+            pictures.append((f"{caption} ({grid.stack})", picture))
     for grid in records.swallowed_grids(record):
-        picture = records.heat_map(grid, "% of weights", color=plots.OTHER, top=swallowed)
+        picture = records.heat_map(grid, "% of weights", color=plots.OTHER, top=max(_FAINT, swallowed))
         pictures.append((f"Changes too small for the output's dtype ({grid.stack})", picture))
     return pictures + gates.pictures(record)
 
