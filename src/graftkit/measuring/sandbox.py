@@ -1,10 +1,11 @@
 """Programs that models write, run where they can do little harm: each in a process of its own, shut in and limited.
 
-The process is `python -I` in an empty directory, without the caller's environment, under limits of time, memory, files
-and processes. On Linux kernels that let it, it also gets namespaces of its own: no network, every file of the machine
-read-only, one small directory to write in, no sight of other processes, and nothing that outlives it. Where that is
-refused (other systems, some containers) only the limits hold, and `Outcome.isolated` says so. Files that the user can
-read can be read in either case. This holds off accidents and mischief of models; it is no prison for an attacker.
+The process is `python -I` in an empty directory, without the caller's environment, under limits of time, memory and
+files; it may start threads but no processes. On Linux kernels that let it, it also gets namespaces of its own: no
+network, every file of the machine read-only, one small directory to write in, no sight of other processes, and nothing
+that outlives it. Where that is refused (other systems, some containers) only the limits hold, and `Outcome.isolated`
+says so. Files that the user can read can be read in either case. This holds off accidents and mischief of models; it is
+no prison for an attacker.
 """
 
 from __future__ import annotations
