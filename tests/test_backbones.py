@@ -266,6 +266,14 @@ def test_models_of_which_nothing_can_be_compared_are_told(root: Path) -> None:
     assert sum("were not compared" in note for note in plan(recipe(root)).notes) == 2
 
 
+def test_an_expert_whose_backbone_is_the_base_is_told(root: Path) -> None:
+    """Its embeddings alone were trained, and they are not merged: no refusal, since only a sample was read."""
+    held = {n: t + 1 if "embed" in n else t for n, t in loaded(root, "base").items()}
+    tiny.save(root / "spoken", held)
+    told = [note for note in plan(recipe(root, "math", "spoken")).notes if "are equal in every value" in note]
+    assert len(told) == 1 and "spoken' and base" in told[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("place", ["math", "base"])
 def test_quantised_weights_are_refused_by_name(root: Path, dtype: torch.dtype, place: str) -> None:

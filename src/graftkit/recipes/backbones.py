@@ -328,6 +328,12 @@ def notes(backbone: Backbone) -> tuple[str, ...]:
         if not one.cosines
     ]
     found += [
+        f"{sources[one.source].label} and {sources[one.other].label} are equal in every value that was compared: "
+        "as far as a sample tells, there is nothing to merge between them"
+        for one in backbone.kin
+        if one.cosines and not any(one.distances)
+    ]
+    found += [
         f"{sources[k].label} changes {', '.join(names)}, which `embeddings: keep` leaves as the VLM has them"
         for k, names in backbone.left.items()
         if isinstance(sources[k].source, Adapter)
