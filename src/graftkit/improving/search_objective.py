@@ -169,11 +169,17 @@ def _completed(parts: Parts, best: Parts) -> Parts:
 
 
 def alone(recipe: Recipe, name: str) -> Recipe:
-    """One of a recipe's models, or its base, as a recipe."""
+    """One of a recipe's models, or its base, as a recipe; in a VLM's recipe with all of the VLM around it."""
     entry = next((e for e in recipe.models if e.model == name), None)
     model = {"model": name} | ({"data": entry.data} if entry and entry.data else {})
     kept: dict[str, Any] = {k: v for k, v in recipe.to_dict().items() if k in ("base", "output", "accept_base", "seed")}
-    made = Recipe.model_validate({"method": "passthrough", "models": [model], **kept})
+    models, vlm = [model], recipe.output.like if recipe.output.align else None
+    if vlm and name != vlm:
+        models = [{"model": vlm}, model]
+        kept |= {"knobs": {"take": 1}, "base": None if name == recipe.base else recipe.base}
+    elif vlm:  # its backbone is found by a text model
+        kept["base"] = recipe.base or next(e.model for e in recipe.models if e.model != vlm)
+    made = Recipe.model_validate({"method": "passthrough", "models": models, **kept})
     return made.model_copy(update={"directory": recipe.directory})
 
 
