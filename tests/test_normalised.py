@@ -111,6 +111,9 @@ def test_a_skill_is_the_mean_of_its_tasks_and_the_mean_that_of_skills() -> None:
     )  # fmt: skip
     scores = normalised_scores(found, "merged")
     assert list(scores) == ["math", "code", "mean"]
+    assert "not seen" not in normalised_table(found).note
+    alone = Evaluation(found.models, found.tasks[:3], found.scores[:12], {}, "base", found.experts, found.settings)
+    assert "what a merge lost of the base is not seen" in normalised_table(alone).note
     assert [scores[name].value for name in scores] == pytest.approx([0.375, 0, 0.1875])
     assert normalised_scores(found, "base")["mean"].value == pytest.approx(0)
 

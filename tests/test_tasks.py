@@ -72,6 +72,7 @@ def test_bad_choices_are_refused(tmp_path: Path, record: dict[str, Any], message
         ("kind: answer_loss\ndatta: d.jsonl\n", "unknown key 'datta'; did you mean 'data'"),
         ("kind: answer_los\ndata: d.jsonl\n", "unknown kind 'answer_los'; did you mean 'answer_loss'"),
         ("kind: answer_loss\n", "data is missing"),
+        ("name: ' '\nkind: answer_loss\ndata: d.jsonl\n", "name: expected a text that is not empty, got ' '"),
         ("kind: answer_loss\ndata: no.jsonl\n", "does not exist"),
         ("kind: answer_loss\ndata: d.jsonl\nchat: 1\n", "chat: expected true or false, got 1"),
         ("- a\n", "expected keys name, kind"),

@@ -164,6 +164,8 @@ def _drawn(total: int, count: int) -> list[int]:
 def _described(path: Path, limit: int | None) -> Task:
     head = _head(path)
     name, data = field(path, head, "name", str, path.stem), field(path, head, "data", str)
+    if not name.strip():
+        raise DataError(f"{path}: name: expected a text that is not empty, got {name!r:.60}")
     if data == humaneval.NAME and not (path.parent / data).exists():
         if head["kind"] != "pass_at_1":
             raise DataError(f"{path}: data: humaneval is of the kind pass_at_1, got {head['kind']}")

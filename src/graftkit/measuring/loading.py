@@ -24,7 +24,7 @@ def model_names(models: Sequence[ModelLike]) -> tuple[str, ...]:
     paths = [(model[0],) if isinstance(model, tuple) else _parts(model) for model in models]
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
-        raise DataError(f"two models are called {'/'.join(twice)!r}; give each once, and live models different names")
+        raise DataError(f"two models are called {str(Path(*twice))!r}; give each once, and live models different names")
     return tuple("/".join(path[-_depth(path, paths) :]) for path in paths)
 
 

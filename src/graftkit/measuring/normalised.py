@@ -60,6 +60,8 @@ def normalised_table(evaluation: Evaluation) -> Table:
     unclear = unclear_tasks(evaluation)
     if unclear:
         note += f"; no score on {', '.join(unclear)}, nor in the mean: the expert is not clearly better than the base"
+    if all(task.measures in evaluation.experts for task in evaluation.tasks):
+        note += "; no task asks for what no expert learnt, so what a merge lost of the base is not seen"
     return Table(columns, tuple(rows), title="normalised score", note=note)
 
 
