@@ -167,7 +167,8 @@ def test_a_rule_gives_weights_only(family, tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [("values: [1]", "1 values for 2 models"), ("value: [1, 2]", "the keys"), ("[1, 2]", "the keys"),
-     ("tensors: {a: [1, 2]}", "has no values for"), ("tensors: [1]", "maps patterns"), ("a: [", "cannot be read")],
+     ("tensors: {a: [1, 2]}", "has no values for"), ("tensors: [1]", "maps patterns"), ("a: [", "cannot be read"),
+     ("values: &v [1, *v]", "cannot be read"), ("a: 1\na: 2", "cannot be read")],
 )  # fmt: skip
 def test_a_broken_file_is_refused(family, tmp_path, text, said):
     (tmp_path / "file.yaml").write_text(text)

@@ -163,6 +163,39 @@ def test_models_that_cannot_be_merged_are_refused(family: Path, text: str, messa
         planned(family, text)
 
 
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 20))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join(9 * [f'*a{n - 1}'])}]}}\n" for n in range(1, 20))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB + "models: *a19",
+        BOMB + "knobs: {weight: *a19}",
+        MERGED + "knobs: *a19",
+        "models: &m [a, *m]",
+        "base: &b {<<: *b}",
+    ],
+)
+def test_yaml_that_explodes_is_refused_at_once(text: str) -> None:
+    with pytest.raises(
+        RecipeError, match="line .*: not valid YAML: its anchors are more than 100000 values written out"
+    ):
+        load(f"method: ties\n{text}\n")
+
+
+def test_a_character_that_yaml_does_not_have_is_one_line() -> None:
+    with pytest.raises(RecipeError, match="not valid YAML: unacceptable character.*position 15$"):
+        load("method: average\0\n")
+
+
+def test_anchors_may_be_used() -> None:
+    assert (
+        load("method: average\nmodels: [&x {model: a, weight: &w 2}, *x, {model: b, weight: *w}]\n").models[1].model
+        == "a"
+    )
+
+
 def test_relative_paths_start_at_the_recipe(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert len(graftkit.plan(tiny.recipe(family, "method: average\nmodels: [math, code]")).steps) == len(tiny.shapes())

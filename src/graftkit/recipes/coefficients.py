@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from graftkit.errors import PlanError, RecipeError, unknown
+from graftkit.recipes.recipe import Recipe, StrictYaml
 
 if TYPE_CHECKING:
-    from graftkit.recipes.recipe import Recipe
     from graftkit.recipes.steps import Step
 
 OPTIONS = {
@@ -128,8 +128,8 @@ def _from_file(value: Mapping[str, Any], where: str, recipe: Recipe, tensor: str
 def _read(path: Path, _changed: int) -> Mapping[str, Any]:
     """The content of a file of coefficients: `values: [..]` for all tensors, `tensors: {pattern: [..]}` for some."""
     try:
-        held = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        held = yaml.load(path.read_text(encoding="utf-8"), StrictYaml)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read as a file of coefficients ({str(error).splitlines()[0]})") from error
     if not isinstance(held, dict) or not set(held) <= {"values", "tensors"} or not held:
         raise RecipeError(f"{path}: a file of coefficients has the keys `values` and `tensors`, and no others")

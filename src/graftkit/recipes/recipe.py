@@ -18,6 +18,7 @@ seed: 0
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +34,7 @@ from graftkit.recipes.ranks import Energy, Outside, Rank, checked
 from graftkit.recipes.sections import STRICT, Slice, SliceBase, Tokenizer, TokenRow, parse_size
 
 DEEPEST = 99_999  # the largest number of a layer
+MOST_VALUES = 100_000  # in a recipe, its anchors written out
 ROLES = ("attention", "mlp", "embedding", "head", "norm", "other")
 
 
@@ -250,8 +252,16 @@ def load(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     return _validated(_parse(text, str(path)), str(path), path.parent)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error instead of a silent choice."""
+class StrictYaml(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error instead of a silent choice, and anchors do not explode."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """As the parent's, after the check."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > MOST_VALUES:
+            fault = f"its anchors are more than {MOST_VALUES} values written out, or one holds itself"
+            raise yaml.constructor.ConstructorError(None, None, fault, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the parent's, after the check."""
@@ -266,18 +276,29 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_UniqueKeys.add_implicit_resolver(  # YAML 1.1 takes 1e-3 for text
+StrictYaml.add_implicit_resolver(  # YAML 1.1 takes 1e-3 for text
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
+def _written_out(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a piece of YAML is with its anchors written out; one that holds itself has no end."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in pairs for part in pair]
+        known[id(node)] = 1 + sum(_written_out(one, known) for one in inner)
+    return known[id(node)]
+
+
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
-        data = yaml.load(text, Loader=_UniqueKeys)
+        data = yaml.load(text, Loader=StrictYaml)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{where}{place}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        fault = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise RecipeError(f"{where}{place}: not valid YAML: {fault}") from error
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: cannot be read ({str(error)[:200]})") from error
     if not isinstance(data, dict):
