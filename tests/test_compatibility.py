@@ -127,7 +127,7 @@ def adapter(
     torch.manual_seed(seed)
     tensors = {}
     for name, weight in model.state_dict().items():
-        if name.split(".")[-2] in targets.split():
+        if name.split(".")[-2] in targets.split() and weight.dim() == 2:
             module = "base_model.model." + name.removesuffix(".weight")
             tensors[f"{module}.lora_A.weight"] = size * torch.randn(rank, weight.shape[1])
             tensors[f"{module}.lora_B.weight"] = size * torch.randn(weight.shape[0], rank)

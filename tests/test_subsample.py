@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import tracemalloc
 import types
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ from typer.testing import CliRunner
 import graftkit
 from graftkit.cli import app
 from graftkit.data import load_task
+from graftkit.data.layouts import Columns
+from graftkit.data.places import place_of
 from graftkit.errors import DataError, GraftError, OutputError
 from graftkit.improving import subsample_clusters
+from graftkit.improving.subsample import _read
 from graftkit.improving.subsample_choice import METHODS, choose
 from graftkit.improving.subsample_clusters import Clusters, candidates, cluster, silhouettes
 from graftkit.measuring.coverage import coverage
@@ -447,3 +451,28 @@ def test_no_picture_of_next_to_nothing(tmp_path: Path) -> None:
     assert landscape.draw_landscape(few, tmp_path / "a") == ()
     same = graftkit.subsample(data_file(tmp_path / "e.jsonl", [{"text": "a"}] * 12), tmp_path / "b", 2)
     assert len(landscape.draw_landscape(same, tmp_path / "b")) == 2
+
+
+def test_vectors_are_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wide:
+        name, version, fingerprint = "wide", "1", ""
+
+        def vectors(self, texts: list[str]) -> np.ndarray:
+            return np.ones((len(texts), 1024), np.float32)
+
+    rows, place = 8192, tmp_path / "d.txt"
+    place.write_text("".join(f"text {n}\n" for n in range(rows)))
+    with (tmp_path / "vectors").open("w+b") as held:
+        tracemalloc.start()
+        made = _read(place_of(place), Columns(), Wide(), held, None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert made.vectors.shape == (rows, 1024) and (made.vectors == 1).all()
+    assert made.topics == ("",) * rows and not made.pictured.any()
+    assert peak < made.vectors.nbytes * 0.7  # a batch of 512 in float32 and in float16, twice
+
+
+def test_an_output_that_cannot_be_written_is_an_error_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written|exists"):
+        graftkit.subsample(data_file(tmp_path / "d.jsonl"), tmp_path / "file" / "out", 3, columns=COLUMNS)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 
@@ -39,7 +40,8 @@ RECORD, ASSIGNMENT, TASK = "subsample.json", "assignment.csv", "task.yaml"
 
 @dataclass(frozen=True)
 class Records:
-    """What is known of the records: their vectors `[records, dimensions]` (float16), topics and whether they hold
+    """What is known of the records: their vectors `[records, dimensions]` (float16, mapped from a file without a name
+    that goes when they do), topics and whether they hold
     images, and how they were read."""
 
     place: Place
@@ -93,7 +95,11 @@ def subsample(
     started, place, out = time.perf_counter(), place_of(data), Path(out)
     _check(count, method, clusters, duplicates, seed, out)
     by = embedder(embed)
-    records = _read(place, Columns(column_names("columns", columns or {})), by, progress)
+    try:
+        with TemporaryFile(dir=next(folder for folder in out.absolute().parents if folder.is_dir())) as held:
+            records = _read(place, Columns(column_names("columns", columns or {})), by, held, progress)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
     total = len(records.vectors)
     if count > total:
         raise DataError(f"{place.name}: expected at most as many as there are records, {total}, got {count}")
@@ -121,10 +127,10 @@ def _check(count: int, method: str, clusters: tuple[int, int], duplicates: float
         raise OutputError(f"{out}: exists already; choose another name")
 
 
-def _read(place: Place, columns: Columns, by: Embedder, progress: Progress | None) -> Records:
-    """Reads and embeds, a batch at a time: of each record only the vector and its topic stay."""
+def _read(place: Place, columns: Columns, by: Embedder, held: IO[bytes], progress: Progress | None) -> Records:
+    """Reads and embeds, a batch at a time: of each record only the vector stays, in the file `held`, and its topic."""
     topics: list[str] = []
-    pictured: list[bool] = []
+    pictured, names = bytearray(), dict[str, str]()
     form, done = Form("", "", columns), 0
     size = place.path.stat().st_size if place.path is not None and place.path.is_file() else 0
 
@@ -132,16 +138,19 @@ def _read(place: Place, columns: Columns, by: Embedder, progress: Progress | Non
         nonlocal form, done
         for each, record, item in items(place, "", columns):
             form, done = each, done + len(record.raw)
-            topics.append(item.subtask)
+            topics.append(names.setdefault(item.subtask, item.subtask))  # the same text is held once
             pictured.append(bool(item.images))
             yield text_of(item)
 
-    parts = []
+    width = 0
     for part in embedded(texts(), by):
-        parts.append(part)
+        held.write(part.tobytes())
+        width = part.shape[1]
         if progress is not None:
             progress("embedding", *((min(done, size), size) if done else (len(topics), len(topics))))
-    return Records(place, form, np.concatenate(parts), tuple(topics), np.array(pictured))
+    held.flush()
+    vectors = np.memmap(held, np.float16, "r", shape=(len(topics), width))
+    return Records(place, form, vectors, tuple(topics), np.frombuffer(pictured, bool))
 
 
 def text_of(item: Item) -> str:

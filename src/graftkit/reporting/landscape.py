@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 POINTS = 3000  # of the picture, at most
 CHOSEN = 1000  # of them chosen records, at most
 KINDS = 9  # named; the others go together
-_GREY, _RED = "#b9bec4", "#d1242f"
+_GREY, _RED = "#c6cad0", "#d1242f"
+_COLORS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C9", "#1a1a1a")  # without the cycle's grey, which is the others'
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "graftkit", "font.family": "sans-serif", "font.size": 9.0,
     "text.parse_math": False,
@@ -115,7 +116,7 @@ def _coloured(panel: Axes, places: np.ndarray, kinds: Sequence[str], title: str)
     if rest.any():
         _dots(panel, places[rest], _GREY, f"{len(names) - len(leading)} others")
     for number, name in enumerate(leading):
-        _dots(panel, places[np.array(kinds) == name], f"C{number}", name if len(name) < 40 else f"{name[:38]}…")
+        _dots(panel, places[np.array(kinds) == name], _COLORS[number], name if len(name) < 40 else f"{name[:38]}…")
     panel.set_title(title, loc="left")
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, 0), frameon=False, fontsize=7, ncols=2, markerscale=2.5)
 
