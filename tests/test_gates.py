@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,16 @@ def test_the_command_writes_a_recipe_that_merges(experts: dict, tmp_path: Path) 
     told = json.loads(done.stdout)
     assert told["kind"] == "weight" and told["examples"] == 4 and told["matrices"] == 14
     graftkit.merge(told["recipe"], tmp_path / "merged")
+
+
+def test_the_recipe_names_what_its_output_is_like_from_anywhere(experts: dict, tmp_path: Path) -> None:
+    """Models by relative paths, one of which the output is like, as it is a VLM in its recipes."""
+    names = [os.path.relpath(place, tmp_path) for place in experts["whole"]]
+    told = {"method": "graft_convex", "models": names, "output": {"like": names[1]}}
+    made = solve(
+        tiny.recipe(tmp_path, json.dumps(told)), tmp_path / "deep" / "out", data=experts["tasks"], device="cpu"
+    )
+    graftkit.merge(made.recipe, tmp_path / "merged")
 
 
 def test_what_cannot_be_solved_is_refused(experts: dict, tmp_path: Path) -> None:

@@ -175,6 +175,9 @@ def write(
             "gates": FILE,
             "base": str(base.source.directory.resolve()) if base else None,
         }
+        if recipe.output.like not in (None, "base"):
+            like = _place(asked.plan.sources[asked.plan.like], moved)
+            changed["output"] = recipe.output.model_copy(update={"like": like})
         changed["knobs"] = {**recipe.knobs, **(knobs or {})}
         (out / RECIPE).write_text(recipe.model_copy(update=changed).to_yaml(), encoding="utf-8")
     except OSError as error:
