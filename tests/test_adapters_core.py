@@ -15,6 +15,7 @@ import tiny
 from graftkit import methods
 from graftkit.checkpoints.adapters import open_adapter
 from graftkit.execution.factoring import core_of
+from graftkit.execution.features import packed, probes
 from graftkit.testing.evaluation import write_examples
 from isotropic import flattened
 
@@ -57,17 +58,22 @@ def commuting() -> list[str]:
     return [m.name for m in every if m.rotations == "both" and m.returns_delta and not m.factors]
 
 
+PROBES = methods.get("core_regmean").settings({})["probes"]
+
+
 def measured(recipe: dict[str, Any], models: list[Path], place: Path) -> dict[str, torch.Tensor]:
-    """Moments of inputs nobody measured, [models, in, in] by tensor, written as of what the adapters read."""
+    """Roots of moments nobody measured, [models, features, in] by tensor, written as of what the adapters read."""
     recipe |= {"models": [{"model": str(m), "data": f"{m.name}.jsonl"} for m in models], "statistics": str(place / "s")}
     adapters, draw = [open_adapter(m) for m in models], np.random.default_rng(0)
     whole, values = {}, [{} for _ in models]
     for name in adapters[0].factors:
         right = np.concatenate([adapter.load(name, np.float64).right for adapter in adapters])
         inputs = draw.standard_normal((len(models), 99, right.shape[1]))
-        whole[name] = torch.from_numpy(np.einsum("tki,tkj->tij", inputs, inputs) / 99)
-        for own, moments in zip(values, whole[name].numpy(), strict=True):
-            own[name] = right @ moments @ right.T
+        rows = np.concatenate([right, probes(right.shape[1], min(PROBES, right.shape[1]))])
+        span = np.linalg.pinv(rows) @ rows
+        whole[name] = torch.from_numpy(np.linalg.qr(inputs @ span, mode="r") / 99**0.5)
+        for own, seen in zip(values, inputs @ rows.T, strict=True):
+            own[name] = packed(seen.T @ seen / 99)
     write_examples(recipe, "core_gram", values)
     return whole
 

@@ -33,7 +33,7 @@ class TestCoreRegmean(MethodConformance):
     method = "core_regmean"
 
     def test_the_engine_agrees(self) -> None:
-        """It is for adapters, whose merges `test_statistics.py` compares with the function."""
+        """Its files are of features, not of inputs: `test_statistics.py` compares merges with the function."""
 
 
 def drawn(seed: int, count: int, out: int = 4, width: int = 6, tokens: int = 30) -> tuple[np.ndarray, np.ndarray]:
@@ -44,6 +44,10 @@ def drawn(seed: int, count: int, out: int = 4, width: int = 6, tokens: int = 30)
 
 def grams_of(inputs: np.ndarray) -> np.ndarray:
     return np.einsum("tki,tkj->tij", inputs, inputs) / inputs.shape[1]
+
+
+def roots_of(inputs: np.ndarray) -> np.ndarray:
+    return inputs / np.sqrt(inputs.shape[1])
 
 
 def run(name: str, models: np.ndarray, **given_: object) -> np.ndarray:
@@ -72,15 +76,17 @@ def test_fisher_is_its_reference(seed: int, count: int, floor: float) -> None:
 
 
 @PROPERTY
-@given(st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([1e-6, 1e-4, 1e-1]))
-def test_core_regression_is_its_reference(seed: int, count: int, ridge: float) -> None:
+@given(
+    st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([1e-6, 1e-4, 1e-1]), st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([1, 3, 9]),
+)  # fmt: skip
+def test_core_regression_is_its_reference(seed: int, count: int, ridge: float, balance: float, features: int) -> None:
+    """With fewer, and with more measured directions than there are inputs."""
+    models, _ = drawn(seed, count)
     source = np.random.default_rng(seed)
-    lefts = [source.standard_normal((5, 2)) for _ in range(count)]
-    rights = [source.standard_normal((2, 12)) for _ in range(count)]
-    inputs = source.standard_normal((count, 40, 12))
-    deltas = np.stack([left @ right for left, right in zip(lefts, rights, strict=True)])
-    got = run("core_regmean", deltas, core_gram=grams_of(inputs), ridge=ridge)
-    np.testing.assert_allclose(got, curvature.core_regmean(lefts, rights, inputs, ridge), atol=1e-7)
+    roots, weight = source.standard_normal((count, features, 6)), list(source.uniform(0.1, 2, count))
+    got = run("core_regmean", models, core_gram=roots, ridge=ridge, balance=balance, weight=weight)
+    np.testing.assert_allclose(got, curvature.core_regmean(models, roots, weight, ridge, balance), atol=1e-7)
 
 
 @pytest.mark.parametrize("case", [case for case in FUSION_BENCH.about["cases"] if case.startswith("regmean")])
@@ -114,12 +120,14 @@ def test_fisher_is_fusion_benchs(case: str) -> None:
 @pytest.mark.parametrize("name", ["regmean", "core_regmean"])
 def test_equal_moments_give_the_mean_and_equal_models_themselves(name: str) -> None:
     models, inputs = drawn(3, 3)
-    kind = {"regmean": "gram", "core_regmean": "core_gram"}[name]
-    equal = np.repeat(grams_of(inputs)[:1], 3, axis=0)
-    np.testing.assert_allclose(run(name, models, **{kind: equal}), models.mean(axis=0), atol=1e-9)
+    kind, of, knobs = {"regmean": ("gram", grams_of, {}), "core_regmean": ("core_gram", roots_of, {"balance": 0.0})}[
+        name
+    ]
+    equal = np.repeat(of(inputs)[:1], 3, axis=0)
+    np.testing.assert_allclose(run(name, models, **{kind: equal}, **knobs), models.mean(axis=0), atol=1e-9)
     same = np.repeat(models[:1], 3, axis=0)
-    np.testing.assert_allclose(run(name, same, **{kind: grams_of(inputs)}), models[0], atol=1e-9)
-    np.testing.assert_allclose(run(name, models[:1], **{kind: grams_of(inputs)[:1]}), models[0], atol=1e-9)
+    np.testing.assert_allclose(run(name, same, **{kind: of(inputs)}), models[0], atol=1e-9)
+    np.testing.assert_allclose(run(name, models[:1], **{kind: of(inputs)[:1]}), models[0], atol=1e-9)
 
 
 def test_one_models_moments_alone_give_that_model() -> None:
@@ -142,15 +150,34 @@ def test_adapters_that_never_fire_on_each_others_inputs_add_up() -> None:
     for k, part in enumerate((slice(0, 4), slice(4, 8))):
         deltas[k, :, part] = source.standard_normal((5, 2)) @ source.standard_normal((2, 4))
         inputs[k, :, part] = source.standard_normal((50, 4))
-    got = run("core_regmean", deltas, core_gram=grams_of(inputs), ridge=1e-9)
+    got = run("core_regmean", deltas, core_gram=roots_of(inputs), ridge=1e-9)
     np.testing.assert_allclose(got, deltas.sum(axis=0), atol=1e-6)
 
 
 def test_core_regression_commutes_with_rotations() -> None:
     models, inputs = drawn(7, 2)
     left, right = (np.linalg.qr(np.random.default_rng(k).standard_normal((n, n)))[0] for k, n in enumerate((4, 6)))
-    got = run("core_regmean", left @ models @ right.T, core_gram=grams_of(inputs @ right.T))
-    np.testing.assert_allclose(got, left @ run("core_regmean", models, core_gram=grams_of(inputs)) @ right.T, atol=1e-9)
+    got = run("core_regmean", left @ models @ right.T, core_gram=roots_of(inputs @ right.T))
+    np.testing.assert_allclose(got, left @ run("core_regmean", models, core_gram=roots_of(inputs)) @ right.T, atol=1e-9)
+
+
+def test_a_balanced_regression_is_the_same_for_a_model_that_is_louder_in_all() -> None:
+    """With balance 1 a model's inputs may be of any size: what it loses is a share of its own answers."""
+    models, inputs = drawn(10, 2)
+    louder = inputs * np.array([1.0, 7.0])[:, None, None]
+    one, other = (
+        run("core_regmean", models, core_gram=roots_of(x), balance=1.0, ridge=1e-12) for x in (inputs, louder)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-8)
+    assert not np.allclose(one, run("core_regmean", models, core_gram=roots_of(louder), balance=0.0), atol=1e-3)
+
+
+def test_directions_that_were_not_measured_get_the_mean() -> None:
+    models, inputs = drawn(11, 3)
+    merged = run("core_regmean", models, core_gram=roots_of(inputs * np.array([1, 1, 1, 0, 0, 0])))
+    np.testing.assert_allclose(merged[:, 3:], models.mean(axis=0)[:, 3:], atol=1e-12)
+    assert not np.allclose(merged[:, :3], models.mean(axis=0)[:, :3], atol=1e-3)
+    np.testing.assert_allclose(run("core_regmean", models, core_gram=np.zeros((3, 2, 6))), models.mean(axis=0))
 
 
 def test_a_turned_matrix_is_merged_by_its_rows() -> None:

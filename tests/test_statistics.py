@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 import graftkit
 import talker
 import tiny
+from graftkit.checkpoints.adapters import open_adapter
 from graftkit.checkpoints.statistics import About, all_statistics, open_statistics, write_statistics
 from graftkit.cli import app
 from graftkit.errors import CheckpointError, DataError, NonFiniteError, OutputError, PlanError
+from graftkit.execution.features import packed, probes, roots, span_of, unpacked
 from graftkit.measuring.activations import Listener, batches, linear_layers, run
 from graftkit.measuring.encoding import Row
 from graftkit.measuring.layerwise import Layers
@@ -240,28 +242,84 @@ def test_adapters_and_the_same_full_models_merge_alike(experts: dict, tmp_path: 
         torch.testing.assert_close(own, out["adapters"][name], atol=2e-4, rtol=1e-3)
 
 
+NAME = "model.layers.1.mlp.down_proj.weight"
+FEW = {"knobs": {"probes": 5, "rank": 2}}
+
+
+def within(experts: dict, features: np.ndarray) -> torch.Tensor:
+    """What `core_regmean` should make of NAME: by the function, from inputs projected on the span of some features."""
+    span, roots = torch.from_numpy(np.linalg.pinv(features) @ features), []
+    for place, data in zip(experts["whole"], experts["data"], strict=True):
+        inputs = inputs_of(place, data, NAME)
+        roots.append(torch.linalg.qr(inputs @ span / len(inputs) ** 0.5, mode="r").R)
+    rows = max(map(len, roots))
+    stack = torch.stack([torch.nn.functional.pad(own, (0, 0, 0, rows - len(own))) for own in roots])
+    tuned = torch.stack([weights(place)[NAME] for place in experts["whole"]]).double()
+    method = graftkit.methods.get("core_regmean")
+    return method.run(base=weights(experts["base"])[NAME].double(), models=tuned, core_gram=stack)
+
+
 def test_core_regression_is_the_regression_within_what_adapters_read(experts: dict, tmp_path: Path) -> None:
-    """As an adapter, as a checkpoint, and by the function on dense deltas with whole moments: one result."""
-    path, _ = made(experts, "adapters", "core_regmean", tmp_path / "r", output={"as": "adapter", "rank": "exact"})
+    """As an adapter, as a checkpoint, and by the function on dense deltas with projected inputs: one result."""
+    whole = {"as": "adapter", "rank": "exact"}
+    path, _ = made(experts, "adapters", "core_regmean", tmp_path / "r", output=whole, **FEW)
     record = graftkit.merge(path, tmp_path / "adapter")
     assert {line["rank"] for line in record["tensors"] if line["method"]} == {7}
-    dense = recipe(experts, "adapters", "core_regmean", tmp_path / "r", output={"dtype": "float32"})
+    dense = recipe(experts, "adapters", "core_regmean", tmp_path / "r", output={"dtype": "float32"}, **FEW)
     graftkit.merge(dense, tmp_path / "dense")
     sum_of = {"method": "task_arithmetic", "base": experts["base"], "models": [str(tmp_path / "adapter")]}
     graftkit.merge({**sum_of, "accept_base": True, "output": {"dtype": "float32"}}, tmp_path / "applied")
-    name, base = "model.layers.1.mlp.down_proj.weight", weights(experts["base"])
-    moments = []
-    for place, data in zip(experts["whole"], experts["data"], strict=True):
-        inputs = inputs_of(place, data, name)
-        moments.append(inputs.T @ inputs / len(inputs))
-    tuned = torch.stack([weights(place)[name] for place in experts["whole"]]).double()
-    run_ = graftkit.methods.get("core_regmean").run
-    wanted = run_(base=base[name].double(), models=tuned, core_gram=torch.stack(moments))
+    factors = [open_adapter(Path(place)).load(NAME, np.float64).right for place in experts["adapters"]]
+    wanted = within(experts, np.concatenate([*factors, probes(48, 5)]))
     for out in ("dense", "applied"):
-        torch.testing.assert_close(weights(tmp_path / out)[name].double(), wanted, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(weights(tmp_path / out)[NAME].double(), wanted, atol=1e-3, rtol=1e-2)
     torch.testing.assert_close(
-        weights(tmp_path / "dense")[name], weights(tmp_path / "applied")[name], atol=1e-5, rtol=1e-5
+        weights(tmp_path / "dense")[NAME], weights(tmp_path / "applied")[NAME], atol=1e-5, rtol=1e-5
     )
+
+
+def test_core_regression_of_full_models_sees_the_main_directions_of_their_deltas(experts: dict, tmp_path: Path) -> None:
+    path, files = made(experts, "whole", "core_regmean", tmp_path / "r", output={"dtype": "float32"}, **FEW)
+    graftkit.merge(path, tmp_path / "out")
+    base = weights(experts["base"])[NAME]
+    deltas = [(weights(place)[NAME] - base).double().numpy() for place in experts["whole"]]
+    main = [np.linalg.svd(delta)[2][:2] for delta in deltas]
+    spans = [span_of(delta, 2) for delta in deltas]
+    for exact, own in zip(main, spans, strict=True):
+        left_out = exact - exact @ np.linalg.pinv(own) @ own
+        assert np.linalg.norm(left_out[0]) < 0.2, "the first direction is nearly among them"
+    wanted = within(experts, np.concatenate([*spans, probes(48, 5)]))
+    torch.testing.assert_close(weights(tmp_path / "out")[NAME].double(), wanted, atol=1e-4, rtol=1e-3)
+    held = open_statistics(tmp_path / "r" / "statistics" / "one-whole.core_gram.safetensors")
+    assert held.values(NAME).shape == (9 * 10 // 2,) and held.about.form == "rank 2, probes 5"
+    assert len(files) == 2 and len(held.tensors) == 2 * 7, "every linear layer changes or may change"
+
+
+def test_features_change_little_where_a_delta_does() -> None:
+    """Else moments that another machine measured would be read in other directions."""
+    source = np.random.default_rng(0)
+    delta = source.standard_normal((30, 4)) @ source.standard_normal((4, 20))
+    delta += 1e-2 * source.standard_normal((30, 20))
+    near = delta * (1 + 1e-7 * source.standard_normal(delta.shape))
+    one, other = span_of(delta, 4), span_of(near, 4)
+    assert np.linalg.norm(one - other) < 1e-5 * np.linalg.norm(one)
+    assert np.linalg.norm(delta - delta @ np.linalg.pinv(one) @ one) < 1.2 * np.linalg.norm(delta) * 1e-2
+
+
+def test_packed_moments_come_back_and_have_roots() -> None:
+    inputs = np.random.default_rng(1).standard_normal((3, 6))  # of rank 3
+    moments = inputs.T @ inputs
+    assert packed(moments).shape == (21,)
+    np.testing.assert_array_equal(unpacked(packed(moments), 6), np.triu(moments) + np.triu(moments, 1).T)
+    np.testing.assert_allclose(roots(moments).T @ roots(moments), moments, atol=1e-12)
+
+
+def test_statistics_of_other_directions_are_not_used(experts: dict, tmp_path: Path) -> None:
+    path, _ = made(experts, "adapters", "core_regmean", tmp_path / "r", output={"as": "adapter"}, **FEW)
+    assert plan(path).statistics is not None
+    more = recipe(experts, "adapters", "core_regmean", tmp_path / "r", output={"as": "adapter"}, knobs={"probes": 6})
+    with pytest.raises(PlanError, match="has no core_gram of .*one' as its weights are now, of rank 16, probes 6"):
+        plan(more)
 
 
 def test_core_regression_reads_no_weight_of_the_base(experts: dict, tmp_path: Path) -> None:
@@ -453,8 +511,9 @@ def test_what_cannot_be_meant_is_refused(experts: dict, tmp_path: Path) -> None:
         plan(path)
     with pytest.raises(PlanError, match="task_arithmetic reads no statistics of examples; choose regmean"):
         collect(recipe(experts, "whole", "task_arithmetic", tmp_path / "r"))
-    with pytest.raises(PlanError, match="core_regmean is for plain LoRA adapters"):
-        collect(recipe(experts, "whole", "core_regmean", tmp_path / "r"))
+    prepared = recipe(experts, "whole", "core_regmean", tmp_path / "r", prepare=[{"trim": {"density": 0.5}}])
+    with pytest.raises(PlanError, match="core_regmean reads what was measured of the models' deltas as they are"):
+        collect(prepared)
     with pytest.raises(DataError, match="2 models need examples of 2 domains, got 1"):
         collect(recipe(experts, "whole", "regmean", tmp_path / "r"), data=[experts["data"][0]])
     with pytest.raises(

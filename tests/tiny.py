@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from graftkit.checkpoints.gates import write_gates
 from graftkit.checkpoints.resolve import open_source
 from graftkit.checkpoints.sources import open_checkpoint
+from graftkit.execution.features import packed
+from graftkit.methods import get
 from graftkit.testing.evaluation import write_examples
 
 HIDDEN, INNER, VOCABULARY, LAYERS = 16, 24, 40, 2
@@ -136,10 +138,13 @@ def statistics(told: dict[str, Any], kind: str) -> None:
     for source in sources:
         values = {}
         for name, info in (source.factors if kind == "core_gram" else source.tensors).items():
-            width = info.rank * len(sources) if kind == "core_gram" else info.shape[-1]
+            width = info.shape[-1]
+            if kind == "core_gram":
+                width = info.rank * len(sources) + min(get("core_regmean").settings({})["probes"], width)
             drawn = torch.randn(info.shape if kind == "fisher" else (99, width), generator=generator)
             if kind == "fisher" or (len(info.shape) == 2 and "embed" not in name):
-                values[name] = (drawn.square() if kind == "fisher" else drawn.T @ drawn / 99).numpy()
+                moments = (drawn.square() if kind == "fisher" else drawn.T @ drawn / 99).numpy()
+                values[name] = packed(moments) if kind == "core_gram" else moments
         found.append(values)
     write_examples(told, kind, found)
 

@@ -23,16 +23,20 @@ def regmean(models, grams, weight, alpha, ridge):
     return sum(w * m @ g for w, m, g in zip(weight, models, held, strict=True)) @ np.linalg.inv(total)
 
 
-def core_regmean(lefts, rights, inputs, ridge):
-    """`Bhat A` of adapters `B_t A_t` from the inputs [tokens, in] of each domain, over an orthonormal basis of A's
-    rows: least squares, with the ridge as further rows that ask for each delta itself."""
-    basis = np.linalg.svd(np.vstack(rights), full_matrices=False)[2]
-    seen = [x @ basis.T / np.sqrt(len(x)) for x in inputs]
+def core_regmean(deltas, roots, weight, ridge, balance):
+    """Least squares over an orthonormal basis of the roots' rows, `[tokens, in]` for each model: each model's own
+    answers, over how large they are, with the ridge as further rows that ask for each delta itself; the mean of the
+    deltas elsewhere."""
+    values, vectors = np.linalg.svd(np.vstack(roots), full_matrices=False)[1:]
+    basis = vectors[values > 1e-6 * values[0]]
+    counts = [np.linalg.norm(s @ d.T) ** (-2 * balance) for s, d in zip(roots, deltas, strict=True)]
+    seen = [np.sqrt(c) * s @ basis.T for c, s in zip(counts, roots, strict=True)]
     level = np.mean([np.mean((z**2).sum(axis=0)) for z in seen])
     rows, wanted = [], []
-    for left, right, z in zip(lefts, rights, seen, strict=True):
-        delta = left @ right @ basis.T
-        more = np.vstack([z, np.sqrt(ridge * level) * np.eye(len(basis))])
+    for w, delta, z in zip(weight, deltas, seen, strict=True):
+        more = np.sqrt(w) * np.vstack([z, np.sqrt(ridge * level) * np.eye(len(basis))])
         rows.append(more)
-        wanted.append(more @ delta.T)
-    return np.linalg.lstsq(np.vstack(rows), np.vstack(wanted), rcond=None)[0].T @ basis
+        wanted.append(more @ basis @ delta.T)
+    inside = np.linalg.lstsq(np.vstack(rows), np.vstack(wanted), rcond=None)[0].T
+    mean = np.average(deltas, axis=0, weights=weight)
+    return mean + (inside - mean @ basis.T) @ basis

@@ -8,12 +8,14 @@ made for, its metadata saying what it is of. Kinds:
                 `full` [in, in]; `block:128` [blocks, 128, 128], the diagonal blocks, the last one filled up with zeros;
                 `sketch:256` [in, 257]: factors of rank 256, and in the last column what they lack of the diagonal
     merged_gram the same of inputs that come out of the merged layers before, so of one recipe only (`merge`)
-    core_gram   `gram` of `z = A x`, A the factors of all adapters of the merge one below the other, float64 [R, R]
+    core_gram   `gram` of `z = F x`, F what the deltas of all models of the merge read, one below the other, and random
+                probes (`execution/features.py`); one half of the symmetric matrix, flat, float64; its form says
+                how many: `rank 16, probes 32`
     fisher      the diagonal Fisher information of each parameter, float32, of the parameter's shape; not normalised:
                 `scale` in the metadata is its root mean square over all parameters
 
 A file is of one model (`model`, on `base` if it is an adapter), of one set of examples (`data`), and for core_gram of
-one list of adapters (`models`), all by fingerprints: it is found by them, and never used for anything else.
+one list of models (`models`), all by fingerprints: it is found by them, and never used for anything else.
 """
 
 from __future__ import annotations

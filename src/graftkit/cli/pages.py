@@ -70,7 +70,7 @@ MORE = {
     "retained": "One pass more where norms are restored by their L1 norm.",
     "gram": "Beside them a float32 matrix of inputs by inputs for each model, from `graft statistics`.",
     "merged_gram": "Beside them a float32 matrix of inputs by inputs for each model, from `graft statistics`.",
-    "core_gram": "Beside them R x R numbers for each model from `graft statistics`, R the sum of the adapters' ranks.",
+    "core_gram": "Beside them k x k numbers for each model from `graft statistics`, k the measured directions.",
     "fisher": "Beside them as many float32 numbers for each model, from `graft statistics`.",
 }
 """What values of knobs change."""

@@ -109,7 +109,8 @@ def _merged(
 ) -> tuple[Core, np.ndarray]:
     """The core of some factors, and what the method makes of it."""
     here = [pair for pair in pairs if pair is not None]
-    core = core_of(here, columns_too=methods.get(step.method).commutes(step.knobs) == "both")
+    both, more = methods.get(step.method).commutes(step.knobs) == "both", measured.beside(step, plan.statistics)
+    core = core_of(here, columns_too=both, beside=more)
     given = given | measured.in_core(step, plan.statistics, core, here)
     return core, _in_core(step, core, pairs, given, device, space)
 

@@ -109,16 +109,20 @@ class Core:
         return Factored(left, right, float(np.linalg.norm(s)), float(np.linalg.norm(s[count:])))
 
 
-def core_of(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, columns_too: bool = True) -> Core:
+def core_of(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, columns_too: bool = True, beside: np.ndarray | None = None
+) -> Core:
     """The frames of some products `left_t right_t`, and their cores [models, rows, columns].
 
-    Without `columns_too` the columns stay as they are.
+    Without `columns_too` the columns stay as they are; `beside` [count, columns] are further rows that their frame is
+    to hold.
     """
     rows, row_parts = _frame([left for left, _ in pairs])
     if not columns_too:
         return Core(rows, None, np.stack([a @ right for a, (_, right) in zip(row_parts, pairs, strict=True)]))
-    columns, column_parts = _frame([right.T for _, right in pairs])
-    return Core(rows, columns, np.stack([a @ b.T for a, b in zip(row_parts, column_parts, strict=True)]))
+    columns, column_parts = _frame([right.T for _, right in pairs] + ([] if beside is None else [beside.T]))
+    both = zip(row_parts, column_parts[: len(pairs)], strict=True)
+    return Core(rows, columns, np.stack([a @ b.T for a, b in both]))
 
 
 def _frame(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -11,6 +11,7 @@ import numpy as np
 from graftkit.checkpoints.statistics import Statistics
 from graftkit.execution.blocks import ByRows, Reader
 from graftkit.execution.factoring import Core
+from graftkit.execution.features import behind, features, probes
 from graftkit.recipes.statistics import Measured, needed
 from graftkit.recipes.steps import Step
 
@@ -29,24 +30,32 @@ def read(step: Step, measured: Measured | None, reader: Reader) -> dict[str, Any
         elif kind == "fisher":
             found[kind] = ByRows(partial(_fisher, own), 1)
         else:
-            rights = [None if feed.delta is None else feed.delta_factors().right for feed in reader.models]
-            found[kind] = _outside(own, [right for right in rights if right is not None])
+            found[kind] = behind([one.values(name) for one, name in own], inverse(features(reader)))
     return found
 
 
+def beside(step: Step, measured: Measured | None) -> np.ndarray | None:
+    """Directions of inputs that a core needs beside those that its adapters read, [count, in]: the probes."""
+    if measured is None or "core_gram" not in needed(step) or not step.knobs["probes"]:
+        return None
+    return probes(step.shape[1], min(int(step.knobs["probes"]), step.shape[1]))
+
+
 def in_core(step: Step, measured: Measured | None, core: Core, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """`core_gram` in the coordinates of a core's columns, [models, columns, columns]."""
+    """`core_gram` in the coordinates of a core's columns, [models, features, columns]."""
     if measured is None or "core_gram" not in needed(step) or core.columns is None:
         return {}
-    stacked = np.concatenate([right for _, right in pairs]) @ core.columns  # z = stacked @ y
-    back = np.linalg.pinv(stacked, rcond=1e-10)
-    return {"core_gram": np.stack([back @ one.values(name) @ back.T for one, name in measured.of("core_gram", step)])}
+    more = beside(step, measured)
+    rows = np.concatenate([right for _, right in pairs] + ([] if more is None else [more]))  # z = rows @ x
+    own = [one.values(name) for one, name in measured.of("core_gram", step)]
+    return {"core_gram": behind(own, inverse(rows @ core.columns))}
 
 
-def _outside(own: Sequence[tuple[Statistics, str]], rights: Sequence[np.ndarray]) -> np.ndarray:
-    """The same for inputs as the layer gets them: zero for what no adapter reads."""
-    back = np.linalg.pinv(np.concatenate(rights).astype(np.float64), rcond=1e-10)
-    return np.stack([back @ one.values(name) @ back.T for one, name in own])
+def inverse(rows: np.ndarray) -> np.ndarray:
+    """The pseudo-inverse of features; what two of them share is in both."""
+    size = np.linalg.norm(rows, axis=1, keepdims=True)
+    scale = np.divide(1, size, out=np.zeros_like(size), where=size > 0)
+    return np.asarray(np.linalg.pinv(rows * scale, rcond=1e-10) * scale.T)
 
 
 def _fisher(own: Sequence[tuple[Statistics, str]], start: int, stop: int) -> np.ndarray:

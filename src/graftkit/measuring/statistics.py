@@ -60,9 +60,9 @@ def collect(
     subjects = _subjects(planned, steps, places, samples)
     made = []
     for kind, of in wanted.items():
-        form = options.form if kind == "gram" else "full"
         counts = [len(subject.task.items) for subject in subjects]
-        abouts = [replace(own, samples=n, seed=seed, form=form) for own, n in zip(of, counts, strict=True)]
+        abouts = [replace(own, samples=n, seed=seed) for own, n in zip(of, counts, strict=True)]
+        abouts = [replace(own, form=options.form) if kind == "gram" else own for own in abouts]
         held = [_held(asked, about) for about in abouts]
         if kind == "merged_gram" and not all(held):
             files = [_file(asked, subject.name, about) for subject, about in zip(subjects, abouts, strict=True)]

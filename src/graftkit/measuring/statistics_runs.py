@@ -14,6 +14,7 @@ from graftkit.checkpoints.statistics import About, write_statistics, writing
 from graftkit.data.tasks import Task
 from graftkit.errors import NonFiniteError, PlanError
 from graftkit.execution.blocks import Reader, Workspace
+from graftkit.execution.features import features, packed
 from graftkit.measuring.activations import Listener, batches, linear_layers, run, shared
 from graftkit.measuring.encoding import Row, encode
 from graftkit.measuring.layerwise import Layers, stack_of
@@ -231,20 +232,18 @@ def _by_layers(
 def _core_gram(
     live: Any, rows: Sequence[Row], subject: Subject, steps: Sequence[Step], job: Job, options: Options
 ) -> None:  # fmt: skip
-    """Moments of what the adapters' factors make of the inputs."""
-    import numpy as np
+    """Moments of what the models read of the inputs, and of what probes do."""
     import torch
 
     layers = linear_layers(live, [step.name for step in steps], what=_NO_GRAM)
     held, listeners = {}, []
     for step in steps:
-        feeds = Reader(step, subject.planned.sources, Workspace()).models
-        right = np.concatenate([feed.delta_factors().right for feed in feeds if feed.delta is not None])
-        factor = torch.from_numpy(right).float().to(options.device)
-        held[step.name] = moments = moments_of("full", len(right), options.device, "float64")
+        read = features(Reader(step, subject.planned.sources, Workspace()))
+        factor = torch.from_numpy(read).float().to(options.device)
+        held[step.name] = moments = moments_of("full", len(read), options.device, "float64")
         listeners.append(Listener(layers[step.name], inputs=_projected(moments, factor)))
     run(live, rows, listeners, batch_tokens=BATCH_TOKENS, advance=_teller(subject, options, len(rows)))
-    write_statistics(job.file, job.told(), {name: moments.mean() for name, moments in held.items()})
+    write_statistics(job.file, job.told(), {name: packed(moments.mean()) for name, moments in held.items()})
 
 
 def _projected(moments: Any, factor: Any) -> Callable[[Any], None]:

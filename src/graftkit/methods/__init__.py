@@ -24,7 +24,7 @@ A method's positional parameters name what it reads, from a closed vocabulary:
     fisher    [models, *shape]  diagonal Fisher information of each weight, over its root mean square in the model
     gram      [models, in, in]  mean of `x x^T` over the inputs that a linear layer gets in each model's domain
     merged_gram [models, in, in]    the same of the inputs behind the merged layers before it, not the model's own
-    core_gram [models, in, in]  `gram` within what the models' adapters read; elsewhere nothing is known
+    core_gram [models, features, in]    rows whose squares make `gram` in a few directions; of others nothing is known
 
 Its keyword-only parameters are knobs. A method that reads `deltas` and not `base` returns the merged delta; any other
 returns weights. Block cutting, dtypes, files, adapters and devices are not its business.

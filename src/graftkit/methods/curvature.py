@@ -21,7 +21,7 @@ ROUNDING = 1e-6
 moment keep the mean of the deltas."""
 
 SPAN = 1e-12
-"""Of core_regmean: directions of inputs with a smaller share of the deltas' largest square are in no adapter."""
+"""Of core_regmean: directions with a smaller share of the largest moment were not measured."""
 
 
 @method(
@@ -183,7 +183,7 @@ def regmean_plus(
 
 
 @method(
-    source="graftkit: RegMean (Jin et al. 2023, arXiv 2212.09849) in the space of the adapters' inputs",
+    source="graftkit: RegMean (Jin et al. 2023, arXiv 2212.09849) on a few directions of the inputs",
     grain="tensor",
     rotations="both",
     matrices=True,
@@ -194,48 +194,58 @@ def core_regmean(
     *,
     weight: Weight = 1.0,
     scale: Scale = 1.0,
+    balance: Annotated[float, Range(0, 1)] = 0.5,
     ridge: Annotated[float, Range(1e-12, search=(1e-6, 1e-1))] = 1e-4,
+    rank: Annotated[int, Range(1)] = 16,
+    probes: Annotated[int, Range(0)] = 32,
 ) -> "Tensor":
-    """RegMean of LoRA adapters among the matrices that read nothing but what some adapter reads.
+    """RegMean that looks at a few directions of the inputs only: those that some model's delta reads, and random ones.
 
-    Formula: `P` [in, k] an orthonormal basis of the rows of all deltas, `C_t = P^T G_t P` plus `ridge` times the mean
-    diagonal entry of all; `scale * (sum_t weight_t delta_t P C_t) (sum_t weight_t C_t)^-1 P^T`.
+    Formula: `P` [in, k] an orthonormal basis of what was measured, `C_t = P^T G_t P`, over
+    `(E_t |delta_t P P^T x|^2)^balance`, plus `ridge` times the mean diagonal entry of all, `m` the mean of the deltas;
+    `scale * (m + (sum_t weight_t (delta_t - m) P C_t) (sum_t weight_t C_t)^-1 P^T)`.
 
-    Shapes: deltas [models, out, in], core_gram [models, in, in] -> merged delta [out, in], of at most the sum of the
-    adapters' ranks; the engine hands over both in the adapters' core, where `in` is that sum.
+    Shapes: deltas [models, out, in], core_gram [models, features, in], of which `G_t` is the square `S_t^T S_t`
+    -> merged delta [out, in]; of adapters, of at most the sum of their ranks.
 
     Knobs:
-        weight: how much each adapter's inputs count; 0 leaves it out.
+        weight: how much each model's inputs count; 0 leaves it out.
         scale: factor on the merged delta; 0 returns the base.
+        balance: 0 counts every model's squared errors alike, so that models that change much win; 1 divides them by
+            what the model's delta answers to its own inputs, so that each loses the same share.
         ridge: added to the diagonal, in units of its mean: large values lead to the mean of the deltas.
+        rank: directions that are measured of what a full model's delta reads; of an adapter all are.
+        probes: random directions that are measured beside them; more tell more of the inputs, and the statistics
+            grow with the square of all directions.
 
-    Source: ours; the regression of Jin et al. 2023 with `M = B A`, A the adapters' factors below each other.
+    Source: ours; the regression of Jin et al. 2023.
 
-    Deviations: from RegMean: the merged matrix may not read inputs that no adapter reads, so the statistics are R x R
-    numbers a matrix, R the sum of the ranks, and the result is an adapter of rank R (less by `output.rank`); the
-    base's weights are never read. No shrinking of off-diagonal entries, which depends on the basis.
+    Deviations: from RegMean: what lies outside of the measured directions gets the mean of the deltas, so the
+    statistics are k x k numbers a matrix, k the sum of the ranks and the probes; the models are balanced. Of adapters
+    the base's weights are never read. No shrinking of off-diagonal entries, which depends on the basis.
 
-    Use it when: several LoRA adapters of one base are to become one, and a few hundred examples of each domain are at
-    hand. For adapters only.
+    Use it when: several models of one base, adapters above all, are to become one, and a few dozen examples of each
+    domain are at hand.
 
     Example: two adapters that read one input each, and never each other's: the sum.
         >>> experts = torch.tensor([[[2.0, 0.0]], [[0.0, 3.0]]])
-        >>> gram = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
-        >>> get("core_regmean").run(base=torch.zeros(1, 2), models=experts, core_gram=gram)
-        tensor([[1.9999, 2.9999]])
+        >>> roots = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+        >>> get("core_regmean").run(base=torch.zeros(1, 2), models=experts, core_gram=roots)
+        tensor([[1.9999, 2.9998]])
     """
     import torch
 
-    if not are_matrices(deltas):
-        return scale * _mean(deltas, weight)
-    wide = deltas.double()
-    size = wide.detach().abs().max()
-    if not bool(size > 0):
-        return deltas.sum(dim=0) * 0
-    basis = eigen(torch.cat(list(wide.detach() / size)), SPAN)[1]  # of what the deltas span, held fixed by gradients
-    moments = basis.mT @ core_gram.double() @ basis
-    merged = _regression(wide @ basis, moments, weight, ridge, lambda own: own)
-    return (scale * merged @ basis.mT).to(deltas.dtype)
+    mean = _mean(deltas, weight)
+    if not are_matrices(deltas) or not bool(core_gram.any()):
+        return scale * mean
+    seen = core_gram.double()
+    basis = eigen(torch.cat(list(seen / seen.abs().max())), SPAN)[1]
+    moments, own = (seen @ basis).mT @ (seen @ basis), deltas.double() @ basis
+    answered = ((own.detach() @ moments) * own.detach()).sum(dim=(1, 2))  # [models]
+    counts = torch.where(answered > 0, answered, torch.ones_like(answered)) ** -balance
+    merged = _regression(own, moments * counts[:, None, None], weight, ridge, lambda one: one)
+    inside = (merged - mean.double() @ basis) @ basis.mT
+    return scale * (mean + inside.to(deltas.dtype))
 
 
 def _mean(deltas: "Tensor", weight: PerModel) -> "Tensor":

@@ -109,6 +109,7 @@ def wanted_of(
     """What a file of a kind must be of, for each model; where the recipe names no examples, `data` is empty."""
     prints = tuple(content(sources[entry]) for entry in entries)
     merge = _merge(recipe, steps) if kind == "merged_gram" else ""
+    form = _form(steps) if kind == "core_gram" else "full"
     found = []
     for k, entry in enumerate(entries):
         adapted = isinstance(sources[entry].source, Adapter)
@@ -116,7 +117,7 @@ def wanted_of(
         place = recipe.models[k].data if k < len(recipe.models) else None
         data = fingerprint(recipe.directory / place) if place else ""
         together = prints if kind in ("core_gram", "merged_gram") else ()
-        found.append(About(kind, prints[k], below, together, merge, data, place or ""))
+        found.append(About(kind, prints[k], below, together, merge, data, place or "", form))
     return found
 
 
@@ -127,6 +128,12 @@ def _merge(recipe: Recipe, steps: Sequence[Step]) -> str:
     told = [(step.key, step.method, dict(step.knobs)) for step in steps]
     data = [fingerprint(recipe.directory / str(entry.data)) for entry in recipe.models]
     return hashlib.blake2b(json.dumps([told, data], default=str).encode(), digest_size=16).hexdigest()
+
+
+def _form(steps: Sequence[Step]) -> str:
+    """How many directions the features of core_gram have."""
+    own = (step.knobs for step in steps if "core_gram" in needed(step))
+    return "; ".join(sorted({f"rank {knobs['rank']}, probes {knobs['probes']}" for knobs in own}))
 
 
 def sources_of(planned: Plan) -> tuple[int | None, tuple[int, ...]]:
@@ -147,7 +154,7 @@ def matches(own: About, wanted: About) -> bool:
     """Whether statistics are of these models, whatever the examples. A base that is not here cannot be compared."""
     bases = own.base == wanted.base or not own.base or not wanted.base
     same = [(one.kind, one.model, one.models, one.merge) for one in (own, wanted)]
-    return same[0] == same[1] and bases
+    return same[0] == same[1] and bases and (own.form == wanted.form or own.kind != "core_gram")
 
 
 def _found(recipe: Recipe, held: Sequence[Statistics], wanted: About, k: int) -> Statistics:
@@ -166,6 +173,7 @@ def _found(recipe: Recipe, held: Sequence[Statistics], wanted: About, k: int) ->
         why = f"the {wanted.kind} of {name!r} in {where} is of other examples than {wanted.place or 'those'} now"
     elif any(one.about.kind == wanted.kind for one in held):
         why = f"{where} has no {wanted.kind} of {name!r} as its weights are now" + ", or merged so" * bool(wanted.merge)
+        why += f", of {wanted.form}" * (wanted.kind == "core_gram")
     else:
         why = f"{wanted.kind} is measured with examples, and {where} has none"
     told = "" if wanted.data else ", with `data:` beside each model or --data once a model"
@@ -190,11 +198,10 @@ def check_steps(recipe: Recipe, steps: Sequence[Step]) -> None:
                 f"recipe: {step.name!r} is merged in parts (aligned vocabularies or experts), and {step.method} reads "
                 "statistics of whole tensors; give it another method by a rule"
             )
-        factored = all(part.kind in ("factors", "base") for part in step.models)
-        if "core_gram" in needed(step) and (not factored or step.prepare):
+        if "core_gram" in needed(step) and step.prepare:
             raise PlanError(
-                f"recipe.method: {step.method} is for plain LoRA adapters without `prepare`, and {step.name!r} has "
-                "something else; take regmean"
+                f"recipe.prepare: {step.method} reads what was measured of the models' deltas as they are, and "
+                f"{step.name!r} has others; drop `prepare`, or take regmean"
             )
 
 
@@ -216,11 +223,11 @@ def _names(
 
 
 def shape_of(about: About, step: Step, got: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the values of a step in a file of a kind and form; of core_gram it is any square."""
+    """The shape of the values of a step in a file of a kind and form; of core_gram it is one half of any square."""
     if about.kind == "fisher":
         return step.shape
     if about.kind == "core_gram":
-        return (got[0], got[0])
+        return got
     width = _width(step)
     if about.form.startswith("block"):
         return (-(-width // about.number), about.number, about.number)
