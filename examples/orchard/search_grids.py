@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,16 @@ SCENARIOS = (
     *(Scenario(one, other, method, (0.1, 0.3, 0.5, 0.9))
       for one, other in (("code", "medicine"), ("medicine", "languages")) for method in ("ties", "dare")),
 )  # fmt: skip
+
+
+def chosen(names: Sequence[str]) -> Iterator[Scenario]:
+    """The scenarios of these names, with the densities that are named; all where there are none."""
+    for scenario in SCENARIOS:
+        densities = tuple(d for d in scenario.densities if f"{scenario.name} {d:g}" in names)
+        if not names or scenario.name in names:
+            yield scenario
+        elif densities:
+            yield replace(scenario, densities=densities)
 
 
 def dev_task(domain: str) -> Task:
@@ -129,15 +139,14 @@ def measure(live: Live, line: dict[str, Any], tasks: Sequence[Task]) -> dict[str
 def main() -> None:
     """Measures what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("scenarios", nargs="*", help="names such as 'math+code ties'; by default all")
+    parser.add_argument("grids", nargs="*", help="such as 'math+code ties', or 'math+code ties 0.3' for one density")
     parser.add_argument("--dev", action="append", default=[], help="dev items of a domain, such as math=5")
+    parser.add_argument("--test", action="append", default=[], help="its test items")
     options = parser.parse_args()
-    names = options.scenarios
-    DEV.update({domain: int(count) for domain, count in (given.split("=") for given in options.dev)})
+    for counts, given in ((DEV, options.dev), (TEST, options.test)):
+        counts.update({domain: int(count) for domain, count in (one.split("=") for one in given)})
     done = {key_of(line) for line in read()}
-    for scenario in SCENARIOS:
-        if names and scenario.name not in names:
-            continue
+    for scenario in chosen(options.grids):
         cases = {split: tasks_of(split, (scenario.one, scenario.other)) for split in ("dev", "test")}
         contents = {
             s: hashlib.sha256("".join(t.content for t in ts).encode()).hexdigest()[:16] for s, ts in cases.items()

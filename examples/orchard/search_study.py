@@ -1,190 +1,56 @@
 """Which optimiser finds good coefficients in few trials: the study of docs/experiment-search.md.
 
-    OMP_NUM_THREADS=1 python examples/orchard/search_grids.py     # the grids, measured once (hours for all of them)
+    OMP_NUM_THREADS=1 python examples/orchard/search_grids.py     # grids of two experts, measured once (hours for all)
+    OMP_NUM_THREADS=1 python examples/orchard/vlm/study.py        # grids of an expert in a VLM
     OMP_NUM_THREADS=1 python examples/orchard/search_study.py     # optimisers on what there is; writes the page
 
-What is committed was measured by `search_grids.py "math+code task_arithmetic" --dev math=5 --dev code=4`, without its
-test items.
-
-Every grid becomes a smooth landscape by radial basis functions, of which the leave-one-out error is known in closed
-form (Rippa 1999). On it every optimiser runs from every seed; a run is appended to `.cache/orchard/search_runs.jsonl`
-when it is done, so a stopped study goes on where it was. Regret is 1 at the worst point of the landscape, 0 at its
-best.
+Every grid becomes a smooth landscape (`search_landscapes.py`). On it every optimiser runs from every seed; a run is
+appended to `.cache/orchard/search_runs.jsonl` when it is done, so a stopped study goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from graftkit.improving import optimisers
-from graftkit.improving.optimisers import Asked
-from graftkit.improving.search_space import Axis, Space
-from graftkit.recipes.recipe import load
+sys.path.insert(0, str(Path(__file__).resolve().parent / "vlm"))
+
+from trials import read as answers
+
+import search_grids
 from make_experts import CACHE
-from search_grids import AXIS, SCENARIOS, Scenario, read
+from search_landscapes import Landscape, Surrogate, of_experts, of_vlms, sum_to_one, with_density
+from search_pictures import on_other_items, over_trials
+from search_runs import Kept, Runs
 
-HERE = Path(__file__).resolve().parent
-PAGE = HERE.parents[1] / "docs" / "experiment-search.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 RUNS = CACHE / "search_runs.jsonl"
-KERNELS = ("thin_plate_spline", "cubic", "linear")
 OPTIMISERS = ("random", "sobol", "grid", "cma", "pattern", "powell", "gp")
-SEEDS, BUDGETS, FINE = 10, (20, 40, 60), 201
+SEEDS = 10
 NEAR = 0.3  # how far from one a sum may be to be near it
+SMALL = 0.01  # the regret that counts as having found it
+Checked = Sequence[tuple[Runs, Landscape]]
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A scenario's scores, [5, 5], and the losses of its items; on dev or on test."""
-
-    scenario: Scenario
-    density: float | None
-    scores: np.ndarray
-    seconds: tuple[float, float]  # of a merge and of a scoring, the median
-    items: str = ""  # of each domain
-
-    @property
-    def name(self) -> str:
-        """The scenario, with its density."""
-        return self.scenario.name + (f" {self.density:g}" if self.density is not None else "")
+def landscapes(lines: Sequence[dict[str, Any]], known: Any) -> list[Landscape]:
+    """All that are whole: of two experts, of VLMs, of both with the density as an axis."""
+    found = [*of_experts(lines), *of_vlms(known)]
+    return [*found, *with_density(found)]
 
 
-def grids(lines: Sequence[dict[str, Any]], split: str) -> list[Grid]:
-    """All grids that are whole."""
-    found = []
-    for scenario in SCENARIOS:
-        for density in scenario.densities or (None,):
-            grid = _grid(lines, scenario, density, split)
-            found += [grid] if grid else []
-    return found
-
-
-def _grid(lines: Sequence[dict[str, Any]], scenario: Scenario, density: float | None, split: str) -> Grid | None:
-    """The whole grid of the items that were measured last."""
-    here = [line for line in lines if line["split"] == split and line["domains"] == [scenario.one, scenario.other]]
-    contents = reversed(dict.fromkeys(line["content"] for line in here))
-    made = (_of_items([line for line in here if line["content"] == one], scenario, density) for one in contents)
-    return next((grid for grid in made if grid), None)
-
-
-def _of_items(here: Sequence[dict[str, Any]], scenario: Scenario, density: float | None) -> Grid | None:
-    pair = [scenario.one, scenario.other]
-    single = {tuple(line["models"]): _losses(line) for line in here if len(line["models"]) < 2}
-    merged = [
-        line for line in here
-        if line["models"] == pair and line["method"] == scenario.method and line["knobs"].get("density") == density
-    ]  # fmt: skip
-    if len(merged) < len(AXIS) ** 2 or len(single) < 3:
-        return None
-    low, high = single[()], {domain: min(single[one][domain] for one in single if one) for domain in pair}
-    scores = np.empty((len(AXIS), len(AXIS)))
-    for line in merged:
-        losses = _losses(line)
-        shares = [(low[d] - losses[d]) / (low[d] - high[d]) for d in pair]
-        scores[tuple(AXIS.index(w) for w in line["knobs"]["weight"])] = np.mean(shares)
-    merge, score = (float(np.median([line["seconds"][key] for line in merged])) for key in ("merge", "score"))
-    items = ", ".join(f"{domain} {len(merged[0]['items'][domain])}" for domain in pair)
-    return Grid(scenario, density, scores, (merge, score), items)
-
-
-def _losses(line: dict[str, Any]) -> dict[str, float]:
-    return {domain: sum(i[0] for i in items) / sum(i[1] for i in items) for domain, items in line["items"].items()}
-
-
-POINTS = np.array([(a, b) for a in AXIS for b in AXIS])
-
-
-class Surrogate:
-    """A grid's landscape: the interpolation whose leave-one-out error on interior points is least."""
-
-    def __init__(self, scores: np.ndarray) -> None:
-        from scipy.interpolate import RBFInterpolator
-
-        values = scores.ravel()
-        self.errors = {kernel: left_out(kernel, values) for kernel in KERNELS}
-        self.kernel = min(KERNELS, key=lambda kernel: self.errors[kernel])
-        degree = 0 if self.kernel == "linear" else 1
-        self._of = RBFInterpolator(POINTS, values, kernel=self.kernel, degree=degree)
-        line = np.linspace(AXIS[0], AXIS[-1], FINE)
-        self.fine = self._of(np.array([(a, b) for a in line for b in line]))
-        self.best, self.worst = float(self.fine.max()), float(self.fine.min())
-
-    def __call__(self, point: Sequence[float]) -> float:
-        """The score at a point."""
-        return float(self._of(np.array([point], float))[0])
-
-
-def left_out(kernel: str, values: np.ndarray) -> float:
-    """Root mean square, over interior points and in shares of the range, of what the others miss a point by.
-
-    In closed form: `e_i = c_i / (A^-1)_ii` with `A = [[K, P], [P^T, 0]]` and `c` the coefficients of the whole.
-    """
-    gaps = np.linalg.norm(POINTS[:, None] - POINTS[None], axis=2)
-    matrix = {
-        "linear": lambda r: -r,
-        "cubic": lambda r: r**3,
-        "thin_plate_spline": lambda r: np.where(r > 0, r**2 * np.log(np.maximum(r, 1e-300)), 0.0),
-    }[kernel](gaps)
-    tail = np.ones((len(POINTS), 1)) if kernel == "linear" else np.column_stack([np.ones(len(POINTS)), POINTS])
-    whole = np.block([[matrix, tail], [tail.T, np.zeros((tail.shape[1],) * 2)]])
-    inverse = np.linalg.inv(whole)
-    errors = (inverse @ np.concatenate([values, np.zeros(tail.shape[1])]))[: len(POINTS)] / np.diag(inverse)[
-        : len(POINTS)
+def pairs(lines: Sequence[dict[str, Any]], known: Any) -> list[tuple[Landscape, Landscape]]:
+    """Landscapes to search on, and of the same merges on other items: dev and test, or every other item of dev."""
+    test = {found.name: found for found in of_experts(lines, "test")}
+    halves = zip(*(of_vlms(known, slice(k, None, 2)) for k in range(2)), strict=True)
+    return [
+        *((found, test[found.name]) for found in of_experts(lines) if found.name in test),
+        *((one, other) for one, other in halves if one.method == "task_arithmetic"),
     ]
-    inner = np.all((POINTS > AXIS[0]) & (POINTS < AXIS[-1]), axis=1)
-    return float(np.sqrt(np.mean(errors[inner] ** 2)) / np.ptp(values))
-
-
-def sum_to_one(scores: np.ndarray, near: float = 0.0) -> float:
-    """What is lost of the best of the grid where the coefficients have to sum to one, in shares of it."""
-    sums = np.abs(POINTS.sum(axis=1) - 1) <= near + 1e-9
-    return float((scores.max() - scores.ravel()[sums].max()) / scores.max())
-
-
-def space() -> Space:
-    """The square of the grid."""
-    recipe = load({"method": "task_arithmetic", "base": "base", "models": ["one", "other"]})
-    return Space(recipe, tuple(Axis(f"weight {k}", "weight", AXIS[0], AXIS[-1], models=(k,)) for k in range(2)))
-
-
-def run(surrogate: Surrogate, name: str, seed: int) -> list[float]:
-    """The normalised regret after each trial."""
-    record: dict[Any, float] = {}
-    regrets, square = [], space()
-    for number in range(max(BUDGETS)):
-        values = optimisers.ask(name, Asked(square, record, number, seed, max(BUDGETS)))
-        record[values] = surrogate(values)
-        gap = surrogate.best - max(record.values())
-        regrets.append(round(max(gap, 0.0) / (surrogate.best - surrogate.worst), 7))
-    return regrets
-
-
-def runs(found: Sequence[Grid], seeds: int) -> dict[tuple[str, str, int], list[float]]:
-    """All runs, those that are kept read."""
-    RUNS.parent.mkdir(parents=True, exist_ok=True)
-    kept = [json.loads(line) for line in RUNS.read_text().splitlines()] if RUNS.is_file() else []
-    done = {(line["grid"], line["optimizer"], line["seed"], line["scores"]): line["regrets"] for line in kept}
-    made = {}
-    for grid in found:
-        surrogate = Surrogate(grid.scores)
-        content = hashlib.sha256(np.round(grid.scores, 9).tobytes()).hexdigest()[:16]
-        for name in OPTIMISERS:
-            for seed in range(seeds):
-                key = grid.name, name, seed, content
-                if key not in done:
-                    done[key] = run(surrogate, name, seed)
-                    line = dict(zip(("grid", "optimizer", "seed", "scores"), key, strict=True))
-                    with RUNS.open("a") as file:
-                        file.write(json.dumps(line | {"regrets": done[key]}) + "\n")
-                made[grid.name, name, seed] = done[key]
-    return made
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -193,131 +59,159 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(lines: Sequence[dict[str, Any]], seeds: int) -> str:
+def page(made: Sequence[Runs], checked: Checked, missing: Sequence[str], seeds: int) -> str:
     """The whole page."""
-    found = grids(lines, "dev")
-    made = runs(found, seeds)
-    return "\n".join([_opening(found), _landscapes(found), _ranking(found, made, seeds), _on_test(found, lines),
-                      _not_run(found)])  # fmt: skip
+    parts = [_opening(made), _landscapes(made), *_rankings(made, seeds), _on_test(checked), _not_run(missing)]
+    return "\n".join(parts).rstrip() + "\n"
 
 
-def _opening(found: Sequence[Grid]) -> str:
-    merge, score = (np.median([grid.seconds[k] for grid in found]) for k in (0, 1))
-    few = "\nFewer than four landscapes rank the optimisers on these, not in general." if len(found) < 4 else ""
+def _opening(made: Sequence[Runs]) -> str:
+    scenarios = dict.fromkeys(runs.surrogate.of.scenario for runs in made)
+    merge, score = np.median([runs.surrogate.of.seconds for runs in made], axis=0)
+    few = "\nFewer than four scenarios rank the optimisers on these, not in general." if len(scenarios) < 4 else ""
     return f"""# Which optimiser finds good coefficients
 
-Made by `examples/orchard/search_grids.py` and `examples/orchard/search_study.py`; the second writes this page.
+Made by `examples/orchard/search_study.py` from grids that `search_grids.py` and `vlm/study.py` measured beside it.
 
-Landscapes: {len(found)}, of two experts of the orchard on SmolLM2-135M, both coefficients at
-{", ".join(map(str, AXIS))}. A score is the mean over the two skills of how much of the gap between base and
-expert in loss a merge closes: 0 is the base, 1 both experts. Between the points of a grid stands an interpolation by
-radial basis functions, so what follows is about these smooth landscapes, and holds for searches on real scores only as
-far as their noise is small.{few}
+Landscapes: {len(made)}, of {len(scenarios)} scenarios. Two experts of the orchard on SmolLM2-135M, where a score is the
+mean over their skills of how much of the gap between base and expert in loss a merge closes; or an expert in a VLM of
+the [test bed](experiment-vlm.md), where it is the mean of the share of right answers to the expert's task and of the
+share to the VLM's own task divided by the VLM's. Five values of each coefficient; `density` in a name: the densities
+measured are a third axis. Between the points of a grid stands an interpolation by radial basis functions, so what
+follows is about these smooth landscapes, and holds for searches on real scores as far as their noise is small.{few}
 One thread, on a machine that others used: a merge into the live model took {merge:.2f} s, its scoring {score:.1f} s
-(medians).
+(medians over landscapes).
 """
 
 
-def _landscapes(found: Sequence[Grid]) -> str:
+def _landscapes(made: Sequence[Runs]) -> str:
     rows = []
-    for grid in found:
-        surrogate = Surrogate(grid.scores)
-        first, second = POINTS[int(grid.scores.argmax())]
+    for runs in made:
+        surrogate, of = runs.surrogate, runs.surrogate.of
+        best = ", ".join(f"{value:g}" for value in of.points[of.scores.argmax()])
         rows.append([
-            grid.name, grid.items, f"{grid.scores.min():.3f}", f"{grid.scores.max():.3f}", f"{first:g}, {second:g}",
-            f"{100 * sum_to_one(grid.scores):.1f} %", f"{100 * sum_to_one(grid.scores, NEAR):.1f} %", surrogate.kernel,
+            of.name, of.items, f"{of.scores.min():.3f}", f"{of.scores.max():.3f}", best,
+            f"{100 * sum_to_one(of):.1f} %", f"{100 * sum_to_one(of, NEAR):.1f} %", surrogate.kernel,
             f"{100 * surrogate.errors[surrogate.kernel]:.1f} %",
         ])  # fmt: skip
-    head = [
-        "landscape",
-        "dev items",
-        "worst",
-        "best",
-        "best at",
-        "lost where the sum is 1",
-        f"within {NEAR}",
-        "kernel",
-        "left-out error",
-    ]
+    head = ["landscape", "dev items", "worst", "best", "best at", "lost where the sum is 1", f"within {NEAR}",
+            "kernel", "left-out error"]  # fmt: skip
     return f"""## The landscapes
 
-*Lost*: of the grid's best score, if the coefficients have to sum to one (or to within {NEAR} of it, as only few points
-do). *Left-out error*: root mean square over the nine interior points, each predicted from the 24 others, in percent of
-the range.
+*Lost*: of the grid's best score, if the coefficients have to sum to one (or to within {NEAR} of it). *Left-out error*:
+root mean square over the points inside the square of coefficients, each predicted from all others, in percent of the
+range.
 
 {table(head, rows)}"""
 
 
-def _ranking(found: Sequence[Grid], made: dict[tuple[str, str, int], list[float]], seeds: int) -> str:
-    after = {name: np.array([[made[g.name, name, s] for s in range(seeds)] for g in found]) for name in OPTIMISERS}
-    over = {n: runs.mean(axis=1) / after["random"].mean(axis=1) for n, runs in after.items()}  # [landscapes, trials]
-    ranked, rows = sorted(OPTIMISERS, key=lambda name: float(np.median(over[name][:, 39]))), []
-    for name in ranked:
-        held = [after[name][:, :, b - 1] for b in BUDGETS]
-        cells = [f"{np.median(one):.4f} ({np.quantile(one, 0.9):.4f})" for one in held]
-        held = [over[name][:, b - 1] for b in BUDGETS]
-        rows.append([name, *cells, *(f"{np.median(one):.3f} ({one.min():.3f} to {one.max():.3f})" for one in held)])
-    head = ["optimiser", *(f"regret, {b}" for b in BUDGETS), *(f"over random, {b}" for b in BUDGETS)]
-    methods = sorted({grid.scenario.method for grid in found})
-    of_method = {m: [k for k, grid in enumerate(found) if grid.scenario.method == m] for m in methods}
-    by_method = [[n, *(f"{np.median(over[n][of_method[m], 39]):.3f}" for m in methods)] for n in ranked]
-    by_task = [[g.name, *(f"{over[name][k, 39]:.3f}" for name in ranked)] for k, g in enumerate(found)]
-    return f"""## The optimisers
+def _rankings(made: Sequence[Runs], seeds: int) -> Iterator[str]:
+    yield f"""## The optimisers
 
-{seeds} seeds each. *Regret*: median (nine tenths quantile) over landscapes and seeds after so many trials. *Over
-random*: for each landscape the mean regret over seeds divided by that of random search; the median over landscapes, and
-the range.
+{seeds} seeds each. *Regret*: 0 at the landscape's best, 1 at its worst; median (nine tenths quantile) over landscapes
+and seeds after so many trials. *Over random*: for each landscape the mean regret over seeds divided by that of random
+search; the median over landscapes, and the range. *Trials to {SMALL}*: until the regret is no more than that, median
+(nine tenths quantile); those that never get there count as one more than the budget.
+"""
+    for size, told in ((2, "Two coefficients"), (3, "Two coefficients and the density")):
+        own = [runs for runs in made if runs.surrogate.of.size == size]
+        if own:
+            yield _ranking(own, f"{told}, {own[0].surrogate.of.budget} trials")
+    yield "![Regret by trials](experiment-search.png)\n"
+
+
+def _ranking(made: Sequence[Runs], title: str) -> str:
+    budget = made[0].surrogate.of.budget
+    after = {name: np.array([runs.regrets(name) for runs in made]) for name in made[0].tried}
+    over = {name: found.mean(axis=1) / after["random"].mean(axis=1) for name, found in after.items()}
+    ranked = sorted(after, key=lambda name: (float(np.median(over[name][:, -1])), float(over[name][:, -1].mean())))
+    rows = []
+    for name in ranked:
+        shown = [(after[name][:, :, count - 1], over[name][:, count - 1]) for count in (budget // 2, budget)]
+        regrets = [f"{np.median(one):.4f} ({np.quantile(one, 0.9):.4f})" for one, _ in shown]
+        ratios = [f"{np.median(one):.3f} ({one.min():.3f} to {one.max():.3f})" for _, one in shown]
+        rows.append([name, *regrets, *ratios, _until(after[name])])
+    head = ["optimiser", *(f"{what}, {count}" for what in ("regret", "over random") for count in (budget // 2, budget)),
+            f"trials to {SMALL}"]  # fmt: skip
+    last = {name: found[:, budget // 2 - 1] for name, found in over.items()}
+    return f"""### {title}
 
 {table(head, rows)}
-By method, over random after 40 trials:
+Over random after {budget // 2} trials, median by method and by scenario:
 
-{table(["optimiser", *methods], by_method)}
-By landscape, the same:
-
-{table(["landscape", *ranked], by_task)}"""
+{_grouped(made, ranked, last)}"""
 
 
-def _on_test(found: Sequence[Grid], lines: Sequence[dict[str, Any]]) -> str:
-    tests = {grid.name: grid.scores for grid in grids(lines, "test")}
+def _until(regrets: np.ndarray) -> str:
+    """The trials until the regret is small, [landscapes, seeds, trials]."""
+    counts = (regrets > SMALL).sum(axis=-1) + 1
+    return f"{np.median(counts):g} ({np.quantile(counts, 0.9):g})"
+
+
+def _grouped(made: Sequence[Runs], ranked: Sequence[str], ratios: dict[str, np.ndarray]) -> str:
     rows = []
-    for grid in found:
-        if grid.name in tests:
-            test, place = tests[grid.name].ravel(), int(grid.scores.argmax())
-            ranks = [np.argsort(np.argsort(scores.ravel())) for scores in (grid.scores, test)]
-            rows.append([
-                grid.name, f"{np.corrcoef(*ranks)[0, 1]:.2f}", f"{grid.scores.max():.3f}", f"{test[place]:.3f}",
-                f"{test.max():.3f}", f"{(test.max() - test[place]) / np.ptp(test):.3f}",
-            ])  # fmt: skip
-    head = ["landscape", "rank correlation", "best on dev", "the same on test", "best on test", "its regret on test"]
-    return f"""## Dev and test
+    for key in ("method", "scenario"):
+        kinds = [getattr(runs.surrogate.of, key) for runs in made]
+        for kind in dict.fromkeys(kinds):
+            own = np.array([one == kind for one in kinds])
+            rows.append([kind, own.sum(), *(f"{np.median(ratios[name][own]):.3f}" for name in ranked)])
+    return table(["", "landscapes", *ranked], rows)
 
-The grids that were scored on the test items of both skills too, which no choice used:
 
-{table(head, rows) if rows else "None yet."}
+def _on_test(checked: Checked) -> str:
+    rows = []
+    for runs, other in checked:
+        one, there, (name,) = runs.surrogate.of, Surrogate(other), runs.tried
+        ranks = [np.argsort(np.argsort(of.scores)) for of in (one, other)]
+        counts = (10, 20, runs.surrogate.of.budget)
+        regrets = [np.median([runs.regrets(name, on)[:, k - 1] for k in counts], axis=1) for on in (None, there)]
+        rows.append([
+            one.name, one.items, other.items, f"{np.corrcoef(*ranks)[0, 1]:.2f}",
+            *(f"{here:.3f}, {on_test:.3f}" for here, on_test in zip(*regrets, strict=True)),
+        ])  # fmt: skip
+    head = ["landscape", "searched on", "other items", "rank correlation", *(f"{k} trials" for k in (10, 20, 40))]
+    picture = "\n![Regret on the items searched on, and on the others](experiment-search-test.png)\n" if rows else ""
+    return f"""## Searched on dev, worth on other items
+
+What `gp` has found after so many trials: its median regret on the items that were searched on, and on others that no
+choice used, each in shares of their own landscape. Of two experts these are the test items; of an expert in a VLM,
+whose test items were asked at the chosen points only, every other item of dev.
+
+{table(head, rows) if rows else "None yet."}{picture}
 """
 
 
-def _not_run(found: Sequence[Grid]) -> str:
-    here = {grid.name for grid in found}
-    lost = [Grid(s, d, np.empty(0), (0, 0)).name for s in SCENARIOS for d in s.densities or (None,)]
-    lost = [name for name in lost if name not in here]
-    told = ", ".join(lost) if lost else "nothing"
+def _not_run(missing: Sequence[str]) -> str:
     return f"""## Not run
 
-{told}. `search_grids.py` measures what is missing when it is started again, and `search_study.py` takes it in.
+{", ".join(missing) or "Nothing"}. `search_grids.py` and `vlm/study.py` measure what is missing when they are started
+again, and `search_study.py` takes it in.
 """
+
+
+def not_run(found: Sequence[Landscape]) -> list[str]:
+    """The grids of two experts that are not whole."""
+    here = {of.name for of in found}
+    wanted = [f"{s.name} {d:g}" if d else s.name for s in search_grids.SCENARIOS for d in s.densities or (None,)]
+    return [name for name in wanted if name not in here]
 
 
 def main() -> None:
     """Runs what is missing and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--out", type=Path, default=PAGE)
+    parser.add_argument("--out", type=Path, default=DOCS, help="where the page and its pictures go")
     options = parser.parse_args()
-    lines = read()
-    if not grids(lines, "dev"):
-        raise SystemExit("no whole grid in search_grids.jsonl yet: run search_grids.py first")
-    options.out.write_text(page(lines, options.seeds).rstrip() + "\n", encoding="utf-8")
+    lines, known, kept = search_grids.read(), answers(), Kept(RUNS)
+    found = landscapes(lines, known)
+    if not found:
+        raise SystemExit("no whole grid yet: run search_grids.py or vlm/study.py first")
+    made = [kept.runs(Surrogate(of), OPTIMISERS, options.seeds) for of in found]
+    checked = [(kept.runs(Surrogate(one), ("gp",), options.seeds), other) for one, other in pairs(lines, known)]
+    text = page(made, checked, not_run(found), options.seeds)
+    (options.out / "experiment-search.md").write_text(text, encoding="utf-8")
+    over_trials(made, options.out / "experiment-search.png")
+    on_other_items(checked, options.out / "experiment-search-test.png")
 
 
 if __name__ == "__main__":
