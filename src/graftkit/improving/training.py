@@ -133,7 +133,9 @@ def running(
 def _reference(asked: Gated) -> Plan:
     """The merge as a whole model, but for the gated matrices: they are those that the deltas are differences from."""
     recipe = asked.plan.recipe
-    made = plan(recipe.model_copy(update={"output": Output.model_validate({"dtype": "float32"})}), without_gates=True)
+    places = {"like", "align", "embeddings"} if recipe.output.align else set()  # a VLM stays one
+    output = recipe.output.model_dump(include=places) | {"dtype": "float32"}
+    made = plan(recipe.model_copy(update={"output": Output.model_validate(output)}), without_gates=True)
     wanted = {step.key for step in asked.steps}
 
     def step(own: Step) -> Step:

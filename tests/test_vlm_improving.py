@@ -1,4 +1,4 @@
-"""A search whose models are a VLM and text experts: each is measured alone as the VLM's language backbone."""
+"""Searches and gates whose models are a VLM and text experts: what runs is the VLM, its language backbone changed."""
 
 from __future__ import annotations
 
@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
+from safetensors.torch import load_file
 
+import graftkit
 import vlms
 from graftkit.execution.live import Live
+from graftkit.improving.gated import gated
+from graftkit.improving.learnable import Form, learnable
+from graftkit.improving.learning import Settings
 from graftkit.improving.search import search
 from graftkit.improving.search_objective import alone
+from graftkit.improving.training import running, train
+from graftkit.recipes.recipe import load
 from talker import tiny, tokenizer
 from test_images import processor, vlm
 
@@ -33,6 +41,9 @@ def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(root / name)
         tokenizer().save_pretrained(root / name)
     (root / "told.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    Image.new("RGB", (8, 8), (200, 30, 90)).save(root / "red.png")
+    shown = [{"prompt": f"{row['prompt']}<image>", "answer": row["answer"], "images": ["red.png"]} for row in ROWS]
+    (root / "shown.jsonl").write_text("\n".join(map(json.dumps, shown)))
     return root
 
 
@@ -72,3 +83,19 @@ def test_a_search_has_a_scale_and_an_axis_for_each_weight(root: Path, tmp_path: 
         tmp_path / "recipe.yaml", [root / "told.jsonl"], tmp_path / "out", optimizer="sobol", budget=3, threads=1
     )
     assert [len(kept.values) for kept in made.trials] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("data", ["told", "shown"])
+@pytest.mark.parametrize("method", ["graft", "graft_free"])
+def test_gates_are_trained_within_the_vlm(root: Path, tmp_path: Path, method: str, data: str) -> None:
+    told = load(recipe(root, method=method, vl_weight=None, exp_weight=None))
+    settings = Settings(steps=3, rate=0.01, batch=2)
+    train(told, tmp_path / "out", data=[root / f"{data}.jsonl"], settings=settings, held_out=0, device="cpu")
+    graftkit.merge(tmp_path / "out" / "recipe.yaml", tmp_path / "merged")
+    merged = type(vlm()).from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    made = learnable(gated(told), Form(), "cpu")
+    made.gating.load_state_dict(load_file(tmp_path / "out" / "phi.safetensors"), strict=False)
+    asked = processor()(text="what is <image_place>?", images=[Image.open(root / "red.png")], return_tensors="pt")
+    with running(made, "cpu") as (live, _, layers), torch.no_grad():
+        assert len(layers) == 14
+        torch.testing.assert_close(merged(**asked).logits, live(**asked).logits, rtol=1e-4, atol=1e-4)
