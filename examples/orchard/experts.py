@@ -14,6 +14,7 @@ import code_functions
 import icd_chapters
 import languages
 import math_problems
+import math_wide
 from presets import PRESETS, Preset
 from records import Record
 
@@ -64,6 +65,12 @@ def math_records(split: str) -> list[Record]:
     return [problem.record for problem in math_problems.problems(split, count, seed)]
 
 
+def math_wide_records(split: str) -> list[Record]:
+    """Generated problems of few structures in many wordings; the seed differs by split, and so do the wordings."""
+    count, seed = {"train": (2400, 1), "dev": (96, 2), "test": (96, 3)}[split]
+    return math_wide.records(split, count, seed)
+
+
 def language_records(split: str) -> list[Record]:
     """English questions with French and German answers; the seed differs by split, and so do the templates."""
     count, seed = {"train": (720, 1), "dev": (96, 2), "test": (120, 3)}[split]
@@ -97,6 +104,9 @@ SOURCES: dict[str, Source] = {
         True,
         "generated questions in English with French and German answers (language_templates.yaml), split by template",
     ),
+    "math-wide": Source(
+        math_wide_records, True, "generated word problems of six structures (math_wide.yaml), split by wording"
+    ),
     "shuffled-medicine": Source(shuffled_medicine, True, "the medicine records, the training answers shuffled"),
 }
 
@@ -112,6 +122,7 @@ EXPERTS: dict[str, Expert] = {
     "code": Expert("code", "code", changes=CODE),
     "medicine": Expert("medicine", "medicine", changes=MEDICINE),
     "languages": Expert("languages", "languages", changes=LANGUAGES),
+    "math-wide": Expert("math-wide", "math-wide", changes={"steps": 150, "batch": 6}),
     "math-seed1": Expert("math", "math", changes=MATH, seed=1),
     "code-seed1": Expert("code", "code", changes=CODE, seed=1),
     "shuffled": Expert(

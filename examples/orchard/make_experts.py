@@ -41,7 +41,7 @@ def grow(names: list[str], threads: int) -> None:
 
 
 def measure(places: dict[str, Path], threads: int) -> dict[str, dict[str, Any]]:
-    """Every expert beside the base on the tasks of its skill and on general questions: scores, and paired differences.
+    """Every expert beside the base on the tasks of its skill and on general ones: scores, and paired differences.
 
     Items' scores are kept under .cache/orchard/scores, so that measuring again costs what is new.
     """
@@ -68,10 +68,10 @@ def measure(places: dict[str, Path], threads: int) -> dict[str, dict[str, Any]]:
 
 
 def tasks_of(skill: str) -> list[Path]:
-    """The tasks that ask for a skill, and the general questions."""
+    """The tasks that ask for a skill, the general questions and the general text."""
     cards = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(TASKS.glob("*.yaml"))}
     own = [path for path, card in cards.items() if card.get("skill", card["name"]) == skill]
-    return [*own, TASKS / "general.yaml"]
+    return [*own, TASKS / "general.yaml", HERE / "general" / "text.yaml"]
 
 
 def _result(evaluation: Any, difference: Any, model: str, base: str, task: Any) -> dict[str, Any]:

@@ -25,11 +25,21 @@ import experts
 import icd_chapters
 import languages
 import math_problems
+import math_wide
 from records import write_lines
 
 HERE = Path(__file__).resolve().parent
 TASKS = HERE / "tasks"
-SEEDS = {"math": 11, "math_choice": 12, "code": 13, "general": 14, "medicine": 15, "languages": 16, "math_familiar": 17}
+SEEDS = {
+    "math": 11,
+    "math_choice": 12,
+    "code": 13,
+    "general": 14,
+    "medicine": 15,
+    "languages": 16,
+    "math_familiar": 17,
+    "math_wide": 18,
+}
 COT_FOLDER = "lm_eval/tasks/mmlu/flan_cot_fewshot/"
 DESCRIPTIONS = {
     "math": "Worked answers to word problems generated from templates that no training used (math_templates.yaml, "
@@ -41,6 +51,8 @@ DESCRIPTIONS = {
     "math_exact": "The results of the problems of math.jsonl, by generation: the last number of the answer counts.",
     "math_familiar": "The results of new problems from the templates that training used, by generation: easier than "
     "math_exact, whose templates are unseen; no problem of it was trained on. Apache-2.0.",
+    "math_wide": "The results of word problems of one or two steps, by generation: the last number of the answer "
+    "counts. Every problem has a wording of its own, which no training used (math_wide.yaml, split test); Apache-2.0.",
     "medicine": "The chapter of ICD-10-CM that lists a diagnosis, from blocks that no training used "
     "(simple-icd-10-cm 1.5.0, MIT; the classification is published by the CDC).",
     "medicine_choice": "The diagnoses of medicine.jsonl, their chapter among four.",
@@ -53,6 +65,7 @@ DESCRIPTIONS = {
 GENERATED: dict[str, dict[str, Any]] = {
     "math_exact": {"skill": "math", "max_new_tokens": 96, "normalise": ["last_number"]},
     "math_familiar": {"skill": "math", "max_new_tokens": 96, "normalise": ["last_number"]},
+    "math_wide": {"skill": "math-wide", "max_new_tokens": 64, "normalise": ["last_number"]},
     "languages_exact": {
         "skill": "languages",
         "max_new_tokens": 48,
@@ -75,6 +88,12 @@ def math_familiar_items(count: int = 40) -> list[dict[str, Any]]:
     for problem in fresh:
         by_template.setdefault(problem.template, []).append(asdict(problem.record))
     return [rows[turn] for turn in range(count // len(by_template)) for rows in by_template.values()]
+
+
+def math_wide_items() -> list[dict[str, Any]]:
+    """One problem of every test wording."""
+    count = len(math_wide.templates("test"))
+    return [asdict(record) for record in math_wide.records("test", count, SEEDS["math_wide"])]
 
 
 def math_choice_items(count: int = 16) -> list[dict[str, Any]]:
@@ -208,6 +227,8 @@ def main() -> None:
     write_task("medicine_choice", medicine_choice_items(), chat=True, skill="medicine")
     write_task("languages", language_items(), chat=True)
     write_lines(TASKS / "math_familiar.jsonl", math_familiar_items())
+    write_lines(TASKS / "math_wide.jsonl", math_wide_items())
+    write_generated("math_wide", "math_wide")
     write_generated("math_exact", "math")
     write_generated("math_familiar", "math_familiar")
     write_generated("languages_exact", "languages")

@@ -130,5 +130,9 @@ def _mistakes(problem: Problem) -> Iterator[int]:
 def _template(
     name: str, split: str, draw: dict[str, str], question: str, steps: list[str], derive: list[str] | None = None
 ) -> Template:
-    spans = {key: (int(span.split("-")[0]), int(span.split("-")[1])) for key, span in draw.items()}
-    return Template(name, split, spans, tuple(derive or ()), question, tuple(steps))
+    return Template(name, split, spans(draw), tuple(derive or ()), question, tuple(steps))
+
+
+def spans(draw: dict[str, str]) -> dict[str, tuple[int, int]]:
+    """`{a: 2-30}` as numbers, both ends included."""
+    return {key: (int(span.split("-")[0]), int(span.split("-")[1])) for key, span in draw.items()}
