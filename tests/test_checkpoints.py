@@ -183,6 +183,8 @@ ADAPTERS = [
     ({"use_dora": True}, "lora_magnitude_vector"),
     ({"lora_bias": True}, "lora_bias"),
     ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
+    ({"init_lora_weights": "lora_ga"}, "started as 'lora_ga', so it belongs to a changed base"),
+    ({"kasa_config": {"beta": 1e-4}}, "uses kasa_config"),
 ]
 
 

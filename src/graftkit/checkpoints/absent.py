@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graftkit.checkpoints.adapters import Adapter
 from graftkit.checkpoints.headers import TensorInfo
 from graftkit.checkpoints.sources import Checkpoint
 from graftkit.errors import CheckpointError
@@ -36,13 +35,7 @@ class Absent(Checkpoint):
         raise CheckpointError(f"{self.directory}: the base is not here, and {tensor.name!r} was read; this is a bug")
 
 
-def absent_base(name: str, adapters: Iterable[Adapter]) -> Absent:
-    """The base of some adapters by the name that they record, with the shapes of what they change."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for adapter in adapters:
-        for own, factors in adapter.factors.items():
-            shapes.setdefault(own, factors.shape)
-        for own, info in adapter.tensors.items():
-            shapes.setdefault(own, info.shape)
+def absent_base(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Absent:
+    """The base that some adapters record, with the shapes of what they change."""
     place = Path(name or "unknown")
     return Absent(place, {own: TensorInfo(own, "F32", shape, place, 0, 0) for own, shape in shapes.items()}, {})

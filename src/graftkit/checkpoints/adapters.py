@@ -25,10 +25,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WRAPPER = "base_model.model."  # what PEFT puts before a module's path
 CHANGED_MEANING = (
     "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "alora_invocation_tokens",
-    "trainable_token_indices", "target_parameters",
+    "trainable_token_indices", "target_parameters", "kasa_config",
 )  # fmt: skip
 """Settings under which an adapter is more than `scale * B @ A` on the modules that it names."""
-MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "eva_mutated")
+MUTATED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,15 @@ def _refuse_kinds(directory: Path, config: Mapping[str, Any]) -> None:
     if changed:
         raise CheckpointError(f"{directory}: uses {changed[0]}, which is not supported; merge it into its base first")
     started = config.get("init_lora_weights")
-    if isinstance(started, str) and started.lower().split("_")[0] in MUTATED_BASE:
+    if isinstance(started, str) and started.lower().startswith(MUTATED_BASE):
         raise CheckpointError(
             f"{directory}: started as {started!r}, so it belongs to a changed base; "
             "convert it to plain LoRA with PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
 
+
+_AROUND = re.compile(rf"^({re.escape(WRAPPER)}|module\.|_orig_mod\.)+")
+"""What PEFT, parallel training and `torch.compile` put around a model; `torch.compile` around modules, too."""
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?"
@@ -187,7 +190,7 @@ _PART = re.compile(
 
 def _parse(directory: Path, name: str) -> tuple[str, str]:
     """Module path and part of a factor; tensor name and an empty part for a whole tensor."""
-    inner = name.removeprefix(WRAPPER)
+    inner = _AROUND.sub("", name).replace("_orig_mod.", "")
     match = _PART.fullmatch(inner)
     if match:
         return match["module"], match["part"]

@@ -11,7 +11,7 @@ from graftkit.checkpoints.adapter_sink import AdapterSink
 from graftkit.checkpoints.adapters import WRAPPER, Adapter
 from graftkit.checkpoints.sources import Checkpoint
 from graftkit.recipes import ties
-from graftkit.recipes.adapters import task_type
+from graftkit.recipes.adapters import called, task_type
 from graftkit.recipes.plan import Plan
 from graftkit.recipes.steps import Step
 
@@ -21,10 +21,11 @@ def assemble(plan: Plan, sink: AdapterSink) -> None:
     ranks = {s.form.module: sink.done[s.name]["rank"] for s in plan.steps if s.form and sink.done[s.name]["rank"]}
     whole = _whole(plan, sink)
     tied = _tied_embedding(plan, whole)
-    names = {step.name: step.name for step in whole}
+    names = {step.name: called(step, plan.sources, plan.sources[plan.like].source) for step in whole}
     biases = [name for name in names if name.endswith(".bias") and name.removesuffix("bias") + "weight" not in names]
-    names |= {name: name.replace(".bias", ".base_layer.bias") for name in biases if name.rpartition(".")[0] in ranks}
-    saved = dict.fromkeys(name.rpartition(".")[0] for name in names if name not in biases)
+    saved = dict.fromkeys(own.rpartition(".")[0] for name, own in names.items() if name not in biases)
+    beside = [name for name in biases if names[name].rpartition(".")[0] in ranks]
+    names |= {name: names[name].replace(".bias", ".base_layer.bias") for name in beside}
     pieces = [piece for step in plan.steps if step.form for piece in sink.pieces[step.name]]
     pieces += [replace(sink.pieces[name][0], name=WRAPPER + called) for name, called in names.items()]
     if tied:

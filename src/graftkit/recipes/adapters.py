@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from graftkit import methods
 from graftkit.checkpoints.absent import Absent
@@ -122,15 +123,23 @@ def _as_factors(context: Context, step: Step) -> Step | None:
         return None if output.outside == "drop" else step
     path = _path(step, parts, context)
     needs_base = _looks_at_weights(step) if path == "shares" else path == "rows" and not _base_is_free(step)
-    named = next((part.name for part, _ in parts), step.name)
+    base = context.sources[context.like.source].source
     form = Factoring(
-        module=named.removesuffix(".weight"),
+        module=called(step, context.sources, base).removesuffix(".weight"),
         kind=_kind(context, step, parts),
         path=path,
         most=(most := _most(context, step, parts, path)),
         directions=most + OVERSAMPLED if path == "rows" else sum(factors.rank for _, factors in parts),
     )
     return replace(step, base=step.base if needs_base else None, form=form)
+
+
+def called(step: Step, sources: Sequence[inputs.Named], base: Any) -> str:
+    """What a step's tensor is called in memory."""
+    own = [
+        part.name for part in step.models if part.kind != "base" and isinstance(sources[part.source].source, Adapter)
+    ]
+    return layout.called(step.name, own, base)
 
 
 def _adapted(context: Context, step: Step) -> list[tuple[Input, Factors]]:

@@ -17,6 +17,7 @@ from graftkit.checkpoints.resolve import Source, cache_directory, directory_of, 
 from graftkit.checkpoints.sources import Checkpoint, full_hash
 from graftkit.errors import CheckpointError, PlanError
 from graftkit.methods.random import key_of
+from graftkit.recipes import layout
 from graftkit.recipes.recipe import ModelEntry, Recipe
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def _here_or_absent(sources: list[Named], adapters: list[Adapter], add: Callable
     with suppress(CheckpointError):
         if name:
             return add(name, "base")
-    sources.append(Named(name or "unknown", "base", absent_base(name, adapters), ""))
+    sources.append(Named(name or "unknown", "base", absent_base(name, layout.changed_by(adapters)), ""))
     return len(sources) - 1
 
 

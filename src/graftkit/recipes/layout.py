@@ -8,7 +8,7 @@ disk is the input embedding). What fits none of these is refused by name; nothin
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
@@ -141,6 +141,31 @@ def match_adapter(
     }
     _check_shapes(wanted, shapes, label, rows)
     return found
+
+
+def changed_by(adapters: Iterable[Adapter]) -> dict[str, tuple[int, ...]]:
+    """The tensors that some adapters of one base change, and their shapes; by its longer name what two call otherwise,
+    as an adapter of a bare model does (`layers.0` for `model.layers.0`)."""
+    found: dict[str, tuple[int, ...]] = {}
+    for adapter in adapters:
+        known = {_bare(name): name for name in found}
+        shapes: list[tuple[str, tuple[int, ...]]] = [(name, pair.shape) for name, pair in adapter.factors.items()]
+        shapes += [(name, info.shape) for name, info in adapter.tensors.items()]
+        for name, shape in shapes:
+            alike = known.get(_bare(name), name)
+            if len(alike) < len(name):
+                found.pop(alike)
+            found[max(name, alike, key=len)] = shape
+    return found
+
+
+def called(name: str, own: Sequence[str], base: Checkpoint) -> str:
+    """What a tensor of the base on disk is called in memory, where PEFT looks for it: as adapters call it, but for the
+    wrappers of another model in which they were trained."""
+    close = [known for known in own if _bare(known) == _bare(name)]
+    if close or not own:
+        return max((*close, name), key=len)
+    return own[0] if any(ENCODERS.search(held) for held in base.tensors) else name
 
 
 def live_names(names: Iterable[str], held: Iterable[str]) -> dict[str, str]:
