@@ -62,7 +62,10 @@ BAD = [
     ("rules: [{where: {role: mpl}}]", "rules.*role: got 'mpl'.*did you mean 'mlp'"),
     ("rules: [{where: {}}]", "names no condition"),
     ("rules: [{where: {layers: 5-2}}]", "layers are a number"),
-    ("rules: [{where: {role: mlp}, method: tise}]", "unknown method 'tise'; did you mean 'ties'"),
+    (
+        "rules: [{where: {role: mlp}, method: tise}]",
+        r"recipe.rules\[0\].method: unknown method 'tise'; did you mean 'ties'",
+    ),
     ("rules: [{where: {role: mlp}, knobs: {desnity: 1}}]", r"recipe.rules\[0\].knobs: unknown knob of ties 'desnity'"),
     ("rules: [{where: {name: '*.nothing'}, knobs: {scale: 1}}]", r"recipe.rules\[0\].where: .*matches no tensor"),
     ("rules: [{where: {layers: 7}, knobs: {scale: 1}}]", r"recipe.rules\[0\].where: .*matches no tensor"),
@@ -74,6 +77,7 @@ BAD = [
     ("rules: [{where: {role: mlp}}]", "changes nothing"),
     ("rules: [{where: {layers: 0-99999999999}, knobs: {scale: 1}}]", "layers are a number"),
     ("knobs: {scale: 1" + 400 * "0" + "}", "recipe.knobs.scale: got"),
+    ("knobs: {scale: 1e308}", r"recipe.knobs.scale: got 1e\+308, .*; beyond 1e\+300 nothing is computed"),
     ("output: {shard: " + 400 * "9" + "GB}", "a size is at most"),
     ("seed: " + 30 * "9", "seed"),
     ("seed: x", "seed: got 'x'"),
@@ -140,6 +144,11 @@ MODELS = [
     ("method: ties\nmodels: [math, code]", "recipe.base is missing: ties works on deltas"),
     ("method: ties\nbase: base\nmodels: []", "models"),
     ("method: ties\nbase: base", "the key 'models' is missing"),
+    ("method: tiess\nmodels: [math]", "recipe.method: unknown method 'tiess'; did you mean 'ties'"),
+    (
+        "method: slerp\nslices: [{method: slrp, sources: [{model: math, layer_range: [0, 1]}]}]",
+        r"recipe.slices\[0\].method: unknown method 'slrp'",
+    ),
     ("method: slerp\nmodels: [math]", "slerp takes exactly 2 models, got 1"),
     (
         "method: ties\nbase: base\nmodels: [{model: math, wieght: 1}]",
@@ -153,6 +162,7 @@ MODELS = [
     ("method: ties\nbase: base\nmodels: [mth, code]", "mth: no such directory"),
     ("method: ties\nbase: nobody/nothing\nmodels: [math, code]", "nobody/nothing: no such directory, and the hub"),
     ("- a\n- b", "a recipe is a mapping"),
+    ("", "a recipe is a mapping .*; got nothing"),
     ("method: [", "not valid YAML"),
 ]
 

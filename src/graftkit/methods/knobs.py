@@ -67,15 +67,20 @@ class Knob:
         elif self.kind == "choice":
             good = isinstance(value, str) and value in self.choices
         else:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
-            number = number and abs(value) <= LARGEST
+            number = _is_number(value) and abs(value) <= LARGEST
             whole = self.kind != "integer" or (number and float(value).is_integer())
             good = number and whole and self.range.low <= value <= self.range.high
         if good:
             return float(value) if self.kind == "number" else int(value) if self.kind == "integer" else value
         close = nearest(value, self.choices) if isinstance(value, str) else None
         hint = f"; did you mean {close!r}?" if close else ""
+        if _is_number(value) and LARGEST < abs(value) < math.inf:
+            hint = f"; beyond {LARGEST:g} nothing is computed"
         raise RecipeError(f"{where}: got {value!r}, expected {self.describe}{hint}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def knobs_of(function: Callable[..., Any]) -> dict[str, Knob]:

@@ -48,7 +48,7 @@ class Setting:
 
 def check_names(recipe: Recipe) -> None:
     """Refuses unknown methods and knobs, wherever they stand, before any model is opened."""
-    known = [methods.get(recipe.method)]
+    known = [_known_method(recipe.method, "recipe.method")]
     for kind in KINDS:
         _check_parts(kind, recipe, "recipe")
         for r, rule in enumerate(recipe.rules):
@@ -59,12 +59,12 @@ def check_names(recipe: Recipe) -> None:
                 f"recipe.rules[{r}].where.slice: got {rule.where.slice}, and the recipe has {len(recipe.slices)} "
                 "slices, counted from 0"
             )
-        used = methods.get(rule.method) if rule.method else known[0]
+        used = _known_method(rule.method, f"recipe.rules[{r}].method") if rule.method else known[0]
         known.append(used)
         _check_known(rule.knobs, used.knobs, f"recipe.rules[{r}].knobs", used.name)
     _check_known(recipe.knobs, known[0].knobs, "recipe.knobs", recipe.method)
     for k, part in enumerate(recipe.slices):
-        used = methods.get(part.method) if part.method else known[0]
+        used = _known_method(part.method, f"recipe.slices[{k}].method") if part.method else known[0]
         known.append(used)
         _check_known(part.knobs, used.knobs, f"recipe.slices[{k}].knobs", used.name)
         beside = {
@@ -78,6 +78,13 @@ def check_names(recipe: Recipe) -> None:
     everywhere = {name: knob for used in known for name, knob in used.knobs.items() if knob.per_model}
     for k, entry in enumerate(recipe.models):
         _check_known(entry.knobs, everywhere, f"recipe.models[{k}]", recipe.method, "per-model knob")
+
+
+def _known_method(name: str, where: str) -> methods.Method:
+    try:
+        return methods.get(name)
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error}") from None
 
 
 def _check_known(given: Mapping[str, Any], known: Iterable[str], where: str, method: str, what: str = "knob") -> None:

@@ -302,9 +302,8 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{where}: cannot be read ({str(error)[:200]})") from error
     if not isinstance(data, dict):
-        raise RecipeError(
-            f"{where}: a recipe is a mapping with the keys method, base, models, ...; got {type(data).__name__}"
-        )
+        got = "nothing" if data is None else type(data).__name__
+        raise RecipeError(f"{where}: a recipe is a mapping with the keys method, base, models, ...; got {got}")
     return data
 
 
