@@ -85,8 +85,8 @@ def test_core_regression_is_its_reference(seed: int, count: int, ridge: float, b
     models, _ = drawn(seed, count)
     source = np.random.default_rng(seed)
     roots, weight = source.standard_normal((count, features, 6)), list(source.uniform(0.1, 2, count))
-    got = run("core_regmean", models, core_gram=roots, ridge=ridge, balance=balance, weight=weight)
-    np.testing.assert_allclose(got, curvature.core_regmean(models, roots, weight, ridge, balance), atol=1e-7)
+    got = run("core_regmean", models, core_gram=roots, ridge=ridge, balance=balance, weight=weight, outside=0.7)
+    np.testing.assert_allclose(got, curvature.core_regmean(models, roots, weight, ridge, balance, 0.7), atol=1e-7)
 
 
 @pytest.mark.parametrize("case", [case for case in FUSION_BENCH.about["cases"] if case.startswith("regmean")])
@@ -172,12 +172,12 @@ def test_a_balanced_regression_is_the_same_for_a_model_that_is_louder_in_all() -
     assert not np.allclose(one, run("core_regmean", models, core_gram=roots_of(louder), balance=0.0), atol=1e-3)
 
 
-def test_directions_that_were_not_measured_get_the_mean() -> None:
+def test_directions_that_were_not_measured_are_added_up() -> None:
     models, inputs = drawn(11, 3)
     merged = run("core_regmean", models, core_gram=roots_of(inputs * np.array([1, 1, 1, 0, 0, 0])))
-    np.testing.assert_allclose(merged[:, 3:], models.mean(axis=0)[:, 3:], atol=1e-12)
+    np.testing.assert_allclose(merged[:, 3:], models.sum(axis=0)[:, 3:], atol=1e-12)
     assert not np.allclose(merged[:, :3], models.mean(axis=0)[:, :3], atol=1e-3)
-    np.testing.assert_allclose(run("core_regmean", models, core_gram=np.zeros((3, 2, 6))), models.mean(axis=0))
+    np.testing.assert_allclose(run("core_regmean", models, core_gram=np.zeros((3, 2, 6))), models.sum(axis=0))
 
 
 def test_a_turned_matrix_is_merged_by_its_rows() -> None:

@@ -23,10 +23,10 @@ def regmean(models, grams, weight, alpha, ridge):
     return sum(w * m @ g for w, m, g in zip(weight, models, held, strict=True)) @ np.linalg.inv(total)
 
 
-def core_regmean(deltas, roots, weight, ridge, balance):
+def core_regmean(deltas, roots, weight, ridge, balance, outside):
     """Least squares over an orthonormal basis of the roots' rows, `[tokens, in]` for each model: each model's own
-    answers, over how large they are, with the ridge as further rows that ask for each delta itself; the mean of the
-    deltas elsewhere."""
+    answers, over how large they are, with the ridge as further rows that ask for each delta itself; `outside` times
+    the sum of the deltas elsewhere."""
     values, vectors = np.linalg.svd(np.vstack(roots), full_matrices=False)[1:]
     basis = vectors[values > 1e-6 * values[0]]
     counts = [np.linalg.norm(s @ d.T) ** (-2 * balance) for s, d in zip(roots, deltas, strict=True)]
@@ -38,5 +38,5 @@ def core_regmean(deltas, roots, weight, ridge, balance):
         rows.append(more)
         wanted.append(more @ basis @ delta.T)
     inside = np.linalg.lstsq(np.vstack(rows), np.vstack(wanted), rcond=None)[0].T
-    mean = np.average(deltas, axis=0, weights=weight)
-    return mean + (inside - mean @ basis.T) @ basis
+    added = outside * sum(w * delta for w, delta in zip(weight, deltas, strict=True))
+    return added + (inside - added @ basis.T) @ basis

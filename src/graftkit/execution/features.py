@@ -14,6 +14,7 @@ import numpy as np
 from graftkit.checkpoints.adapters import LowRank
 from graftkit.execution.blocks import Reader, cuts
 
+HAIR = 1e-10  # share of the largest moment
 ITERATIONS = 2  # passes that turn random directions towards those that a delta reads
 
 
@@ -69,9 +70,9 @@ def unpacked(half: np.ndarray, count: int) -> np.ndarray:
 
 
 def roots(moments: np.ndarray) -> np.ndarray:
-    """S with `S^T S = moments`, of the same shape; what rounding made negative is zero."""
+    """S with `S^T S = moments`, of the same shape. A direction that no example has counts a hair: it was measured."""
     values, vectors = np.linalg.eigh(moments)
-    return np.asarray(np.sqrt(np.maximum(values, 0))[:, None] * vectors.T)
+    return np.asarray(np.sqrt(np.maximum(values, HAIR * values[-1]))[:, None] * vectors.T)
 
 
 def behind(halves: Sequence[np.ndarray], back: np.ndarray) -> np.ndarray:

@@ -198,12 +198,13 @@ def core_regmean(
     ridge: Annotated[float, Range(1e-12, search=(1e-6, 1e-1))] = 1e-4,
     rank: Annotated[int, Range(1)] = 16,
     probes: Annotated[int, Range(0)] = 32,
+    outside: Annotated[float, Range(search=(0, 1.5))] = 1.0,
 ) -> "Tensor":
     """RegMean that looks at a few directions of the inputs only: those that some model's delta reads, and random ones.
 
     Formula: `P` [in, k] an orthonormal basis of what was measured, `C_t = P^T G_t P`, over
-    `(E_t |delta_t P P^T x|^2)^balance`, plus `ridge` times the mean diagonal entry of all, `m` the mean of the deltas;
-    `scale * (m + (sum_t weight_t (delta_t - m) P C_t) (sum_t weight_t C_t)^-1 P^T)`.
+    `(E_t |delta_t P P^T x|^2)^balance`, plus `ridge` times the mean diagonal entry of all;
+    `scale * ((sum_t weight_t delta_t P C_t) (sum_t weight_t C_t)^-1 P^T + outside sum_t weight_t delta_t (1 - P P^T))`.
 
     Shapes: deltas [models, out, in], core_gram [models, features, in], of which `G_t` is the square `S_t^T S_t`
     -> merged delta [out, in]; of adapters, of at most the sum of their ranks.
@@ -217,12 +218,13 @@ def core_regmean(
         rank: directions that are measured of what a full model's delta reads; of an adapter all are.
         probes: random directions that are measured beside them; more tell more of the inputs, and the statistics
             grow with the square of all directions.
+        outside: factor on the sum of the deltas in directions that were not measured. Adapters have nothing there.
 
     Source: ours; the regression of Jin et al. 2023.
 
-    Deviations: from RegMean: what lies outside of the measured directions gets the mean of the deltas, so the
-    statistics are k x k numbers a matrix, k the sum of the ranks and the probes; the models are balanced. Of adapters
-    the base's weights are never read. No shrinking of off-diagonal entries, which depends on the basis.
+    Deviations: from RegMean: what lies outside of the measured directions is added up, so the statistics are k x k
+    numbers a matrix, k the sum of the ranks and the probes; the models are balanced. Of adapters the base's weights
+    are never read. No shrinking of off-diagonal entries, which depends on the basis.
 
     Use it when: several models of one base, adapters above all, are to become one, and a few dozen examples of each
     domain are at hand.
@@ -235,17 +237,19 @@ def core_regmean(
     """
     import torch
 
-    mean = _mean(deltas, weight)
-    if not are_matrices(deltas) or not bool(core_gram.any()):
-        return scale * mean
+    if not are_matrices(deltas):
+        return scale * _mean(deltas, weight)
+    added = outside * (per_model(weight, deltas) * deltas).sum(dim=0)
     seen = core_gram.double()
+    if not bool(seen.any()):
+        return scale * added
     basis = eigen(torch.cat(list(seen / seen.abs().max())), SPAN)[1]
     moments, own = (seen @ basis).mT @ (seen @ basis), deltas.double() @ basis
     answered = ((own.detach() @ moments) * own.detach()).sum(dim=(1, 2))  # [models]
     counts = torch.where(answered > 0, answered, torch.ones_like(answered)) ** -balance
     merged = _regression(own, moments * counts[:, None, None], weight, ridge, lambda one: one)
-    inside = (merged - mean.double() @ basis) @ basis.mT
-    return scale * (mean + inside.to(deltas.dtype))
+    inside = (merged - added.double() @ basis) @ basis.mT
+    return scale * (added + inside.to(deltas.dtype))
 
 
 def _mean(deltas: "Tensor", weight: PerModel) -> "Tensor":
