@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from make_vlm import HERE, expert, place
 from study_tables import (
+    BESIDE,
     CONFINED,
     METHODS,
     PRICES,
@@ -23,6 +24,7 @@ from study_tables import (
     WAYS,
     Known,
     Rows,
+    beside_rows,
     by_way,
     confined_rows,
     price_rows,
@@ -141,6 +143,10 @@ PRICE = """
 The most right answers of the skill on dev, in %, of all points that cost the VLM at most so many points of its own task
 (digits on dev), by method. Not what was tested: the point chosen is the best of the column "at most 5".
 """
+SAME = """
+What DARE and TIES have more than task arithmetic at the same coefficients, in points on dev: the mean over all that both
+were tried at, the least and the most.
+"""
 SUM = """
 Of task arithmetic, where the whole grid was tried. Left the point with most skill on dev, whatever it costs the VLM,
 and what of it is lost, as a share, by confining the sum; right the point chosen as above among the same points.
@@ -179,6 +185,7 @@ def page() -> str:
         *tables("Results", RESULTS, study_rows, known),
         *tables("By way to ask", WAYS, by_way, known),
         "## What a skill costs", PRICE, *tables("Skill on dev by loss", PRICES, price_rows, known),
+        "## Beside task arithmetic", SAME, *tables("Beside task arithmetic", BESIDE, beside_rows, known),
         "## Confined to a sum of one", SUM, *tables("Coefficients confined", CONFINED, confined_rows, known),
         "## Landscapes on dev", "", SQUARE, "", *pictures(known),
         "## What a trial takes", "", COSTS, "", costs(known), "", "## Not run", "", *missing(known), "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ CONFINED = "| scenario | sum | most skill at | dev skill | lost | chosen | dev s
 CONFINED += "|---|---|---|---|---|---|---|---|"
 PRICES = "| scenario | method | " + " | ".join("any loss" if one == 1 else f"at most {100 * one:g}" for one in ALLOWED)
 PRICES += " |\n|---|---|" + "---|" * len(ALLOWED)
+BESIDE = "| scenario | method | density | points | skill | own: digits |\n|---|---|---|---|---|---|"
 
 
 def bits(trial: Trial) -> Any:
@@ -132,6 +134,23 @@ def price_rows(vlm: str, name: str, scenario: str, known: Known) -> Iterator[str
             label = method if len(points) == len(every) else f"{method} ({len(points)} of {len(every)} points)"
             cells = [scenario, label, *(_most(points, before - loss, scenario, known) for loss in ALLOWED)]
             yield "| " + " | ".join(cells) + " |"
+
+
+def beside_rows(vlm: str, name: str, scenario: str, known: Known) -> Iterator[str]:
+    """What a method has more on dev than task arithmetic by the same coefficients: mean, least and most of points."""
+    for method, densities in METHODS.items():
+        for density in densities if method != "task_arithmetic" else ():
+            points = tried(grid(vlm, name, method, (density,)), scenario, known)
+            plain = [replace(point, method="task_arithmetic", density=None) for point in points]
+            pairs = [(p, q) for p, q in zip(points, plain, strict=True) if (q, "dev", scenario) in known]
+            if pairs:
+                cells = [_more(pairs, task, known) for task in (scenario, "digits")]
+                yield f"| {scenario} | {method} | {density:g} | {len(pairs)} | {' | '.join(cells)} |"
+
+
+def _more(pairs: Sequence[tuple[Point, Point]], task: str, known: Known) -> str:
+    more = [100 * (known[p, "dev", task].share - known[q, "dev", task].share) for p, q in pairs]
+    return f"{np.mean(more):+.1f} ({min(more):+.1f} to {max(more):+.1f})"
 
 
 def _most(points: Sequence[Point], least: float, scenario: str, known: Known) -> str:
