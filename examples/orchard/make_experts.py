@@ -89,13 +89,15 @@ def _result(evaluation: Any, difference: Any, model: str, base: str, task: Any) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=list(EXPERTS), default=list(EXPERTS), help="train no others")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(EXPERTS), default=list(EXPERTS), help="leave the others as they are"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--measure-only", action="store_true", help="train nothing; measure what is there")
     arguments = parser.parse_args()
     if not arguments.measure_only:
         grow(arguments.only, arguments.threads)
-    places = {name: found for name in EXPERTS if (found := place(name)) is not None}
+    places = {name: found for name in arguments.only if (found := place(name)) is not None}
     manifest.write(base_name(), places, measure(places, arguments.threads))
     experts = manifest.read()["experts"]
     print(manifest.training_table(experts), manifest.test_table(experts), str(manifest.MANIFEST), sep="\n\n")
