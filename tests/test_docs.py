@@ -29,6 +29,14 @@ LISTED = {name: method for name, method in pages.entries().items() if pages.buil
 each_method = pytest.mark.parametrize(("name", "method"), LISTED.items(), ids=LISTED)
 
 
+def test_a_page_tells_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = pages.Measured("math, code", "TIES, density 0.2", 0.912, 0.85, 0.961, "statistics.md")
+    monkeypatch.setattr(pages, "ROWS", {"ties": (row,)})
+    assert "| math, code | TIES, density 0.2 | 0.91 [0.85, 0.96] |" in pages.page(LISTED["ties"])
+    assert "[how](../statistics.md)" in pages.page(LISTED["ties"])
+    assert "## Measured" not in pages.page(LISTED["dare"]) + pages.page(LISTED["prepare.trim"])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

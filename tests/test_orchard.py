@@ -469,3 +469,12 @@ def test_the_rate_rises_and_falls():
     rates = [Schedule(100, 2.0, 10).at(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.2) and max(rates) == max(rates[8:11])
     assert rates[10:] == sorted(rates[10:], reverse=True) and 0 < rates[-1] < 0.001
+
+
+def test_what_the_methods_pages_tell_stands_in_the_results():
+    import measured_methods
+    from graftkit.cli.measured import ROWS
+
+    held = measured_methods.measured()
+    strange = [row for name, rows in ROWS.items() for row in rows if tuple(row) not in held.get(name, [])]
+    assert strange == [], "run examples/orchard/measured_methods.py, then `make pages`"

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from graftkit.cli.measured import ROWS, Measured
 from graftkit.errors import OutputError
 from graftkit.methods import Method, get, names
 from graftkit.methods.composition import Part, finishers, get_part, preparations
@@ -111,6 +112,7 @@ def page(method: Method) -> str:
         ("Use it when", _capital(told.get("Use it when", ""))),
         ("Formula", _capital(told.get("Formula", ""))),
         ("Knobs", _knobs(method, told.get("Knobs", ""))),
+        ("Measured", _measured(method.name) if built_in(method) and not isinstance(method, Part) else ""),
         ("Cost", cost(method)),
         ("Example", _example(method, prose, ">>>" + lines) if lines else ""),
         ("Recipe", f"With every knob at its default:\n\n```yaml\n{recipe(method)}```"),
@@ -121,6 +123,23 @@ def page(method: Method) -> str:
     body = "".join(f"\n## {title}\n\n{text}\n" for title, text in parts if text)
     kind = {"preparation": "prepare: ", "finisher": "finish: "}[method.kind] if isinstance(method, Part) else ""
     return f"# {kind}{method.name}\n\n{_flat(told[''])}\n{body}"
+
+
+def _measured(name: str) -> str:
+    """What the method kept of the experts' gains, where that was measured."""
+    if name not in ROWS:
+        return ""
+    rows: tuple[Measured, ...] = ROWS[name]
+    pages = dict.fromkeys(row.page for row in rows)
+    lines = [f"| {row.experts} | {row.row} | {row.kept:.2f} [{row.low:.2f}, {row.high:.2f}] |" for row in rows]
+    return "\n".join(
+        [
+            "The share of what experts gain over SmolLM2 that their merge keeps (0 the base, 1 the experts), with 95 %",
+            f"intervals, on small tests: {', '.join(f'[how](../{page})' for page in pages)}.\n",
+            "| experts | row | kept |\n|---|---|---|",
+            *lines,
+        ]
+    )
 
 
 def _flat(text: str) -> str:
