@@ -144,8 +144,8 @@ The most right answers of the skill on dev, in %, of all points that cost the VL
 (digits on dev), by method. Not what was tested: the point chosen is the best of the column "at most 5".
 """
 SAME = """
-What DARE and TIES have more than task arithmetic at the same coefficients, in points on dev: the mean over all that both
-were tried at, the least and the most.
+What DARE and TIES have more than task arithmetic at the same coefficients, in points on dev: the mean over all that
+both were tried at, the least and the most.
 """
 SUM = """
 Of task arithmetic, where the whole grid was tried. Left the point with most skill on dev, whatever it costs the VLM,
