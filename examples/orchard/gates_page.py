@@ -6,84 +6,72 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from gates_picture import PICTURE, write_picture
+from gates_scores import Share, drawn, gain, kept, told
+from gates_text import HEAD, sizes
+from gates_verdicts import claims, factors
 
-from graftkit.measuring.resampling import interval, resampled_sums
-
-RESAMPLES = 10_000
-GENERAL = "general"
-Items = Sequence[Sequence[float]]
-
-HEAD = """# Graft against the other methods, on the orchard
-
-Written by `examples/orchard/gates_page.py` from `examples/orchard/gates_results.json`, which
-`examples/orchard/gates_experiment.py` fills; do not edit. Losses are per answer token, in nats, on test items that
-nothing here was trained, tuned or stopped by. **kept** is the mean over the skills of
-`(base - merged) / (base - expert)`: 1 where a merge is as good as each expert on its own skill. Brackets are 95 %
-intervals of a paired bootstrap over items.
-Tuned rows chose one of four settings by the mean dev loss. One seed, one base model of 135 million parameters.
-"""
+TUNED = ("average", "task arithmetic", "TIES", "DARE")
 
 
-def drawn(found: Mapping[str, Items], skill: str) -> np.ndarray:
-    """The loss on a skill as measured, then in each resample: the same items for all rows of a scenario."""
-    parts = np.asarray(found[skill], np.float64)
-    sums = np.concatenate([parts.sum(axis=0)[None], resampled_sums(parts, RESAMPLES, 0, skill)])
-    return np.asarray(sums[:, 0] / sums[:, 1])
+def merges(held: Mapping[str, Any]) -> list[str]:
+    """The rows that are merges, in the order of the table."""
+    return [name for name in held["rows"] if name != "base" and not name.startswith("expert ")]
 
 
-def kept(held: Mapping[str, Any], name: str) -> np.ndarray:
-    """The share of the experts' gains that a row keeps, as measured and in each resample."""
-    rows, shares = held["rows"], []
-    for skill in held["skills"]:
-        base, expert, own = (drawn(rows[n]["test"], skill) for n in ("base", f"expert {skill}", name))
-        shares.append((base - own) / (base - expert))
-    return np.asarray(np.mean(shares, axis=0))
-
-
-def told(values: np.ndarray) -> str:
-    """A value with its interval."""
-    low, high = interval(values[1:])
-    return f"{values[0]:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def lines(key: str, held: Mapping[str, Any]) -> Iterator[str]:
-    """A scenario's table, and what was chosen and learnt in it."""
-    skills, rows = held["skills"], held["rows"]
-    merged = [name for name in rows if name != "base" and not name.startswith("expert ")]
-    scores = {name: kept(held, name) for name in merged}
-    baselines = [name for name in merged if not name.startswith("graft")]
-    best = max(baselines, key=lambda name: scores[name][0], default=None)
-    budget = held["budget"]
-    yield f"\n## {key}\n"
-    yield (
-        f"{', '.join(skills)}; {budget['dev']} dev and up to {budget['test']} test items a skill, {budget['samples']} "
-        f"training examples a skill, at most {budget['steps']} steps of 4 examples. torch {held['versions']['torch']}."
-    )
-    yield f"\n| row | kept | minus {best} | {' | '.join(skills)} | {GENERAL} | CPU s |"
-    yield "|---" * (5 + len(skills)) + "|"
-    for name in ("base", *merged):
-        found = rows[name]
-        losses = [f"{drawn(found['test'], skill)[0]:.3f}" for skill in (*skills, GENERAL)]
-        share, gap = ("0", "") if name == "base" else (told(scores[name]), _gap(scores, name, best))
-        yield f"| {name} | {share} | {gap} | {' | '.join(losses)} | {found.get('cpu_seconds', 0):.0f} |"
-    losses = [f"{drawn(rows[f'expert {skill}']['test'], skill)[0]:.3f}" for skill in skills]
-    yield f"| each expert on its own | 1 | | {' | '.join(losses)} | | |"
+def lines(held: Mapping[str, Any]) -> Iterator[str]:
+    """A scenario's section: its table, what was chosen and learnt, and what follows."""
+    rows, skills = held["rows"], held["skills"]
+    scores: dict[str, Share] = {name: kept(held, name) for name in merges(held)}
+    best = max((name for name in TUNED if name in scores), key=lambda name: scores[name][0], default="")
+    yield f"\n## {held['scenario']}: {', '.join(skills)}\n"
+    yield sizes(held)
+    columns = [
+        "row",
+        "kept",
+        f"minus {best}",
+        *skills,
+        "text",
+        "MMLU",
+        "statistic, MB",
+        "its s",
+        "made, s",
+        "merged, s",
+    ]
+    yield f"\n| {' | '.join(columns)} |"
+    yield "|---" * (9 + len(skills)) + "|"
+    for name in sorted(scores, key=lambda name: -scores[name][0]):
+        gap = "" if name == best or not best else told(scores[name] - scores[best])
+        own = [f"{gain(held, name, skill)[0]:.2f}" for skill in skills]
+        yield f"| {' | '.join([name, told(scores[name]), gap, *own, *_general(rows[name]), *_costs(rows[name])])} |"
+    text, mmlu = _general(rows["base"])
+    yield f"| the base | 0 | | {' | '.join('0' for _ in skills)} | {text} | {mmlu} | | | | |"
     yield from _chosen(rows)
     yield from _learnt(rows)
-    yield from _verdicts(scores, best)
+    yield from claims(held, scores, [name for name in TUNED if name in scores])
+    yield from factors(scores)
 
 
-def _gap(scores: Mapping[str, np.ndarray], name: str, best: str | None) -> str:
-    return "" if best is None or name == best else told(scores[name] - scores[best])
+def _general(found: Mapping[str, Any]) -> list[str]:
+    return [f"{drawn(found['test'], 'text')[0]:.3f}", f"{drawn(found['test'], 'mmlu')[0]:.2f}"]
+
+
+def _costs(found: Mapping[str, Any]) -> list[str]:
+    """What a row's statistic takes on disk, and CPU seconds of measuring, making and merging."""
+    measured = found.get("statistics", {})
+    size = measured.get("bytes", found.get("bytes"))
+    return [
+        f"{size / 1e6:.1f}" if size else "",
+        f"{measured['cpu_seconds']:.0f}" if measured.get("cpu_seconds") else "",
+        f"{found['making']:.0f}" if "making" in found else "",
+        f"{found['merging']:.1f}" if "merging" in found else "",
+    ]
 
 
 def _chosen(rows: Mapping[str, Any]) -> Iterator[str]:
     chosen = {name: found["chosen"] for name, found in rows.items() if "chosen" in found}
-    if chosen:
-        settings = "; ".join(
-            f"{name}: " + ", ".join(f"{k} {v}" for k, v in own.items()) for name, own in chosen.items()
-        )
+    settings = "; ".join(f"{name}: " + ", ".join(f"{k} {v}" for k, v in own.items()) for name, own in chosen.items())
+    if settings:
         yield f"\nChosen on dev: {settings}."
 
 
@@ -103,23 +91,13 @@ def _learnt(rows: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(map(str, cells))} |"
 
 
-def _verdicts(scores: Mapping[str, np.ndarray], best: str | None) -> Iterator[str]:
-    """In words: which rows differ from the best baseline beyond their interval, and what the paper's factors do."""
-    if best is None:
-        return
-    yield ""
-    for name in scores:
-        if name.startswith("graft"):
-            low, high = interval((scores[name] - scores[best])[1:])
-            verdict = "above" if low > 0 else "below" if high < 0 else "not told apart from"
-            yield f"- {name}: {verdict} {best}."
-    pairs = (("graft, both", "average"), ("graft, both", "graft, local only"), ("graft, both", "graft, global only"))
-    for one, other in (*pairs, ("graft, free, then trained", "graft, solved free")):
-        if one in scores and other in scores:
-            yield f"- {one} minus {other}: {told(scores[one] - scores[other])}."
-
-
 def write_page(held: Mapping[str, Any], place: Path) -> None:
-    """Writes the page."""
-    text = [HEAD.rstrip(), *(line for key, own in held.items() for line in lines(key, own))]
+    """Writes the page of all scenarios that have results, and its picture beside it."""
+    scenarios: Sequence[Mapping[str, Any]] = list(held.values())
+    text = [HEAD.rstrip()]
+    four = next((own for own in scenarios if own["scenario"] == "four"), None)
+    if four:
+        write_picture(four, place.parent / PICTURE)
+        text.append(f"\n![score against the size of the statistic]({PICTURE})")
+    text += [line for own in scenarios for line in lines(own)]
     place.write_text("\n".join(text) + "\n", encoding="utf-8")

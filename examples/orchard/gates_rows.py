@@ -15,46 +15,54 @@ CODE, MATH, LANGUAGES, MEDICINE = "code", "math", "languages", "medicine"
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. `training`: options of a training beside the budget's; `start`: the row it starts from."""
+    """One line of the table.
+
+    `training`: options of a training beside the budget's; `start`: the row it starts from; `form`: of the statistics
+    that the method reads, empty where it reads none;
+    `samples`: of each domain for these, the budget's where 0.
+    """
 
     name: str
     recipe: Mapping[str, Any]
     tune: tuple[Mapping[str, Any], ...] = ()
-    gates: str = ""  # solve, train or fold
+    gates: str = ""  # solve, train, fold or adamerging
     training: Mapping[str, Any] = field(default_factory=dict)
     start: str = ""
+    form: str = ""
+    samples: int = 0
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Experts that are merged: their skills, and where the weights stand under the repository's root.
-
-    `few`: the names of the rows that a small budget has, beside the baselines.
-    """
+    """Experts that are merged: their skills, where the weights stand under the repository's root, and by what."""
 
     name: str
     skills: tuple[str, ...]
     place: str = "examples/orchard/adapters/{}"
     rows: tuple[Row, ...] = ()
-    few: tuple[str, ...] = ()
-
-    def chosen(self, whole: bool) -> list[Row]:
-        """All rows, or the few."""
-        return [row for row in self.rows if whole or row in BASELINES or row.name in self.few]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent: items of each domain on dev and on test, examples and steps for gates, most rows."""
+    """How much is spent: items of each domain on dev and on test, and of each general task; examples of each domain
+    for statistics and gates; steps of a training, of an example of each domain in turn."""
 
+    name: str
     dev: int
     test: int
+    general: int
     samples: int
     steps: int
-    whole: bool
 
 
-BUDGETS = {"small": Budget(8, 16, 30, 20, False), "full": Budget(48, 96, 200, 120, True)}
+BUDGETS = {
+    budget.name: budget
+    for budget in (
+        Budget("small", 4, 4, 4, 8, 2),  # to see that all runs
+        Budget("page", 6, 20, 12, 30, 20),
+        Budget("full", 48, 96, 278, 200, 120),
+    )
+}
 
 TIES = [{"density": d, "scale": s} for d in (0.2, 0.5) for s in (1.0, 1.5)]
 DARE = [{"density": d, "scale": s} for d in (0.5, 0.9) for s in (0.5, 0.8)]
@@ -65,9 +73,16 @@ def tuned(name: str, method: str, changes: list[dict[str, Any]]) -> Row:
     return Row(name, {"method": method}, tuple(changes))
 
 
+def seen(name: str, method: str, form: str = "full", samples: int = 0, **knobs: Any) -> Row:
+    """A method that reads statistics of examples, as it comes; `samples`: of each domain, the budget's where 0."""
+    return Row(name, {"method": method, **({"knobs": knobs} if knobs else {})}, form=form, samples=samples)
+
+
 def graft(name: str, **knobs: Any) -> Row:
     """Graft by trained gates."""
-    form = {key: knobs.pop(key) for key in ("phi", "size", "sharpness", "raw", "samples") if key in knobs}
+    form: dict[str, Any] = {
+        key: knobs.pop(key) for key in ("phi", "size", "sharpness", "raw", "samples") if key in knobs
+    }
     rules = knobs.pop("rules", [])
     wanted: dict[str, Any] = {"method": "graft", "knobs": knobs.pop("knobs", knobs)}
     wanted |= {"rules": rules} if rules else {}
@@ -84,6 +99,30 @@ BASELINES = (
     tuned("task arithmetic", "task_arithmetic", [{"scale": s} for s in (0.3, 0.5, 0.7, 1.0)]),
     tuned("TIES", "ties", TIES),
     tuned("DARE", "dare", DARE),
+)
+SCALES = [{"scale": s} for s in (0.5, 1.0, 1.5)]
+REGMEAN, CORE = seen("RegMean", "regmean"), seen("core RegMean", "core_regmean")
+LOOKING = (
+    REGMEAN,
+    CORE,
+    seen("core RegMean, not balanced", "core_regmean", balance=0.0),
+    seen("RegMean, sketch:64", "regmean", "sketch:64"),
+    seen("RegMean, block:64", "regmean", "block:64"),
+    seen("core RegMean, no probes", "core_regmean", probes=0),
+    seen("core RegMean, no probes, not balanced", "core_regmean", probes=0, balance=0.0),
+)
+SIZES = (
+    seen("core RegMean, 64 probes", "core_regmean", probes=64),
+    seen("core RegMean, 8 samples", "core_regmean", samples=8),
+    seen("RegMean, 8 samples", "regmean", samples=8),
+)
+FISHER = seen("Fisher", "fisher")
+OTHERS = (
+    tuned("TSV", "tsv", SCALES),
+    tuned("Iso-C", "iso_c", SCALES),
+    tuned("WUDI", "wudi", SCALES),
+    Row("AdaMerging", {"method": "task_arithmetic"}, gates="adamerging"),
+    seen("RegMean++", "regmean_plus"),
 )
 OURS = (
     Row("graft, solved convex", {"method": "graft_convex"}, gates="solve"),
@@ -106,21 +145,23 @@ PAPERS = (
 PHI = tuple(graft(f"graft, phi {kind}", phi=kind) for kind in ("channelwise", "mlp", "dense"))
 FOLD = (Row("graft, fold", {"method": "graft"}, gates="fold"),)
 SWEEPS = (
-    *(graft(f"graft, bins {bins}", bins=bins) for bins in (5, 15, 20)),
-    *(graft(f"graft, c {c}", c=c) for c in (200.0, 400.0, 600.0)),
-    *(graft(f"graft, a {a}", a=a) for a in (0.1, 0.2, 0.6)),
-    *(graft(f"graft, {count} samples", samples=count) for count in (25, 50, 100, 400)),
+    graft("graft, bins 20", bins=20),
+    graft("graft, c 600", c=600.0),
+    graft("graft, a 0.6", a=0.6),
+    graft("graft, 8 samples", samples=8),
 )
-
-SOLVED = ("graft, solved convex", "graft, solved free")
-FACTORS = ("graft, global only", "graft, local only", "graft, both")
-FOUR = (*FACTORS, *SOLVED, "graft, free, then trained")
-ONE_PAIR = ("graft, both", "graft, sharpness learned", "graft, phi channelwise", "graft, phi mlp", *SOLVED)
+SOLVED = OURS[:1] + OURS[2:3]  # convex and free
+MAIN = PAPERS[:3] + PAPERS[7:8]  # the global gate alone, the local ones, both, and with a sharpness that is learnt
+FINAL = (*BASELINES, REGMEAN, CORE, *SOLVED)
 
 SCENARIOS = (
-    Scenario("four", (MATH, CODE, MEDICINE, LANGUAGES), rows=(*BASELINES, *PAPERS, *OURS, *FOLD), few=FOUR),
-    Scenario("math-languages", (MATH, LANGUAGES), rows=(*BASELINES, *PAPERS, *PHI, *OURS, *SWEEPS), few=ONE_PAIR),
-    Scenario("math-code", (MATH, CODE), rows=(*BASELINES, *PAPERS, *OURS), few=SOLVED),
-    Scenario("code-medicine", (CODE, MEDICINE), rows=(*BASELINES, *PAPERS, *OURS), few=SOLVED),
-    Scenario("full math-medicine", (MATH, MEDICINE), ".cache/orchard/{}-full", (*BASELINES, *PAPERS, *OURS), SOLVED),
+    Scenario(
+        "four",
+        (MATH, CODE, MEDICINE, LANGUAGES),
+        rows=(*BASELINES, *LOOKING, FISHER, *OURS, *OTHERS[:3], *MAIN, *SIZES, *OTHERS[3:], *FOLD),
+    ),
+    Scenario("full math-medicine", (MATH, MEDICINE), ".cache/orchard/{}-full", FINAL),
+    Scenario("math-languages", (MATH, LANGUAGES), rows=(*FINAL, *PAPERS, OURS[3], *PHI, *SWEEPS)),
+    Scenario("math-code", (MATH, CODE), rows=FINAL),
+    Scenario("code-medicine", (CODE, MEDICINE), rows=FINAL),
 )
