@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples" / "orchard"), str(ROOT / "examples" / "orchard" / "vlm")]
 
-from trials import EXP_WEIGHTS, VL_WEIGHTS, Point, Trial  # noqa: E402
+from trials import EXP_WEIGHTS, VL_WEIGHTS, Point, Trial, swapped  # noqa: E402
 
 import search_grids  # noqa: E402
 import search_study  # noqa: E402
@@ -86,6 +86,8 @@ def answers(vlm="neutral", expert="language"):
 
     answered(Point(vlm), expert, 0.0)
     answered(Point(vlm), "digits", 0.5)
+    answered(swapped(vlm, expert), expert, 0.6)
+    answered(swapped(vlm, expert), "digits", 0.2)
     for vl, exp in product(VL_WEIGHTS, EXP_WEIGHTS):
         answered(Point(vlm, expert, "task_arithmetic", vl, exp), expert, exp / 2)
         answered(Point(vlm, expert, "task_arithmetic", vl, exp), "digits", vl / 2.5)
@@ -104,6 +106,8 @@ def test_scores_of_both_kinds_of_grids():
     names = ["task_arithmetic", "ties 0.3", "ties 0.7", "ties density"]
     assert [of.name for of in found] == [f"neutral+language {name}" for name in names]
     assert found[0].shares[found[0].points.tolist().index([0.5, 1.5])] == pytest.approx([0.75, 0.2 / 0.5])
+    assert found[0].known == (((1.0, 0.0), (0.0, 1.0)), ((0.0, 1.0), (0.6, 0.4))) and found[1].known == ()
+    assert np.allclose([own for _, own in experts.known], [(0, 0), (1, -0.15 / 0.8), (-0.15 / 0.8, 1)])
     assert found[3].points.shape == (50, 3) and found[3].budget == 60 and found[3].seconds == (1.0, 4.0)
     joined = found[3].points.tolist().index([0.5, 1.5, 0.7])
     assert found[3].shares[joined] == pytest.approx([0.5, 1.0])

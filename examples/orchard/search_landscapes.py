@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "vlm"))
 
-from trials import DENSITIES, Point, Trial, grid
+from trials import DENSITIES, Point, Trial, grid, swapped
 
 from search_grids import AXIS, SCENARIOS, Scenario
 
@@ -42,6 +42,7 @@ class Landscape:
     items: str = ""
     seconds: tuple[float, float] = (0.0, 0.0)  # of a merge and of a scoring, the median
     density: float | None = None
+    known: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()  # shares without a merge, at coefficients
 
     @property
     def name(self) -> str:
@@ -99,8 +100,11 @@ def _of_items(lines: Sequence[dict[str, Any]], scenario: Scenario, density: floa
     shares = np.array([(low - _losses(merged[point])) / (low - high) for point in points])
     merge, score = (float(np.median([merged[p]["seconds"][key] for p in points])) for key in ("merge", "score"))
     items = ", ".join(f"{domain} {len(merged[points[0]]['items'][domain])}" for domain in pair)
+    alone = {(): (0.0, 0.0), (pair[0],): (1.0, 0.0), (pair[1],): (0.0, 1.0)}
+    known = [(place, tuple((low - single[own]) / (low - high))) for own, place in alone.items()]
+    plain = tuple(known) if scenario.method == "task_arithmetic" else ()
     name = "+".join(pair)
-    return Landscape(name, scenario.method, np.array(points), shares, items, (merge, score), density)
+    return Landscape(name, scenario.method, np.array(points), shares, items, (merge, score), density, plain)
 
 
 def _losses(line: dict[str, Any]) -> np.ndarray:
@@ -132,7 +136,17 @@ def _of_answers(known: Trials, points: Sequence[Point], items: slice) -> Landsca
     seconds = np.median([[own.merge_seconds, own.seconds + other.seconds] for own, other in trials], axis=0)
     told = ", ".join(f"{trial.task} {len(trial.right[items])}" for trial in trials[0])
     places = np.array([(point.vl_weight, point.exp_weight) for point in points])
-    return Landscape(f"{vlm}+{expert}", method, places, shares, told, tuple(seconds), density)
+    plain = tuple(_alone(known, vlm, expert, items)) if method == "task_arithmetic" else ()
+    return Landscape(f"{vlm}+{expert}", method, places, shares, told, tuple(seconds), density, plain)
+
+
+def _alone(known: Trials, vlm: str, expert: str, items: slice) -> Iterator[Any]:
+    """The VLM and the expert in its place, at the coefficients that give them back."""
+    whole = _right(known[Point(vlm), "dev", OWN], items)
+    for place, point in (((1.0, 0.0), Point(vlm)), ((0.0, 1.0), swapped(vlm, expert))):
+        if (point, "dev", OWN) in known:
+            skill, own = (_right(known[point, "dev", task], items) for task in (expert.partition("-")[0], OWN))
+            yield place, (skill, own / whole)
 
 
 def _right(trial: Trial, items: slice) -> float:

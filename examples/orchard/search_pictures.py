@@ -13,7 +13,7 @@ from search_runs import Runs
 
 COLOURS = {
     "random": "#8a8f98", "grid": "#8a8259", "sobol": "#a05fa8", "cma": "#4f9a64", "pattern": "#4f86b5",
-    "powell": "#2b4f7a", "gp": "#c2611f",
+    "powell": "#2b4f7a", "gp": "#c2611f", "tasks": "#111111",
 }  # fmt: skip
 LEAST = 1e-5  # what a logarithmic axis shows of nothing
 

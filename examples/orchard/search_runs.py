@@ -48,10 +48,14 @@ def space(of: Landscape) -> Space:
 def run(surrogate: Surrogate, name: str, seed: int, budget: int) -> list[list[float]]:
     """What an optimiser tries; once it has found the best, that stands for the rest."""
     record: dict[Any, float] = {}
+    tasks: dict[Any, tuple[float, ...]] = {}
     box, tried = space(surrogate.of), []
+    known = tuple((tuple(surrogate.of.units(np.array(place))), shares) for place, shares in surrogate.of.known)
     while len(tried) < budget:
-        values = optimisers.ask(name, Asked(box, record, len(tried), seed, budget))
-        record[values] = float(surrogate.shares([values]).mean())
+        told = {"tasks": tasks, "weights": (0.5, 0.5), "known": known}
+        values = optimisers.ask(name, Asked(box, record, len(tried), seed, budget, **told))
+        tasks[values] = tuple(surrogate.shares([values])[0])
+        record[values] = float(np.mean(tasks[values]))
         tried.append([round(float(value), 7) for value in values])
         if surrogate.regrets([values])[0] < FOUND:
             tried += [tried[-1]] * (budget - len(tried))
@@ -70,7 +74,7 @@ class Kept:
     def runs(self, surrogate: Surrogate, names: Iterable[str], seeds: int) -> Runs:
         """The runs of optimisers on a landscape."""
         of, tried = surrogate.of, {}
-        content = hashlib.sha256(np.round(np.hstack([of.points, of.shares]), 9).tobytes()).hexdigest()[:16]
+        content = _content(of)
         for name in names:
             for seed in range(seeds):
                 key = name, seed, content
@@ -81,3 +85,9 @@ class Kept:
                         file.write(json.dumps(line | {"tried": self._done[key]}) + "\n")
             tried[name] = np.array([self._done[name, seed, content] for seed in range(seeds)])
         return Runs(surrogate, tried)
+
+
+def _content(of: Landscape) -> str:
+    """What an optimiser can be told of a landscape."""
+    what = [of.points, of.shares, *(part for pair in of.known for part in pair)]
+    return hashlib.sha256(json.dumps([np.round(one, 9).tolist() for one in what]).encode()).hexdigest()[:16]

@@ -25,11 +25,11 @@ def search(
     out: Annotated[Path, typer.Argument(help="A directory; the same command goes on in it.", show_default=False)],
     data: Files,
     test: Tests = [],  # noqa: B006 (typer's way)
-    optimizer: Annotated[str, typer.Option(help="gp, sobol, random, grid, cma, pattern or powell.")] = "gp",
+    optimizer: Annotated[str, typer.Option(help="gp, tasks, sobol, random, grid, cma, pattern or powell.")] = "gp",
     budget: Annotated[int, typer.Option(min=1, help="Trials.")] = 40,
     goal: Annotated[str, typer.Option(help="mean, worst, raw, or each for a Pareto front.")] = "mean",
     weight: Annotated[list[str], typer.Option(help="A task's weight in the mean.", metavar="TASK=NUMBER")] = [],  # noqa: B006
-    start: Annotated[str | None, typer.Option(help="First trial by a rule that needs no tuning: nan, metagpt.")] = None,
+    start: Annotated[str | None, typer.Option(help="First trial: nan, metagpt, or a file of gates.")] = None,
     stop_early: Annotated[bool, typer.Option("--stop-early", help="Give up trials that are clearly worse.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many items of each task.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the optimiser.")] = 0,

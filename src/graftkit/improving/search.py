@@ -12,10 +12,12 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import graftkit
 from graftkit.data.tasks import Task, load_tasks
@@ -24,7 +26,8 @@ from graftkit.execution.live import Live
 from graftkit.improving import optimisers
 from graftkit.improving.search_objective import Objective, Parts, Trial, check_goal
 from graftkit.improving.search_space import Space, space_of
-from graftkit.improving.search_study import Kept, Settings, Study
+from graftkit.improving.search_starts import first, known
+from graftkit.improving.search_study import ByTask, Kept, Settings, Study
 from graftkit.recipes.recipe import Recipe, load
 
 BEST, RECORD, FRONT = "recipe.yaml", "search.json", "front"
@@ -81,8 +84,8 @@ def search(
 
     `options`: `optimizer` (see `optimisers`), `budget` in trials, `goal` (`mean` or `worst` of scores between base and
     best model, `raw`, or `each` for a Pareto front), `weights` of tasks, `test` tasks on which the best is scored once,
-    `seed`, `start` (`nan` or `metagpt`: the first trial), `stop_early`, `limit` (items of each task), `device`,
-    `dtype`, `threads`. `workers`: processes on one study. Raises RecipeError, DataError, OutputError.
+    `seed`, `start` (the first trial: `nan`, `metagpt` or a file of gates), `stop_early`, `limit` (items of each task),
+    `device`, `dtype`, `threads`. `workers`: processes on one study. Raises RecipeError, DataError, OutputError.
     """
     options["test"] = tuple(map(str, options.get("test", ())))
     wanted = Search(load(recipe), tuple(map(str, data)), Path(out), **options)
@@ -124,11 +127,21 @@ class _Work:
         self.live = Live.open(self.space.recipe, dtype=wanted.dtype, device=wanted.device, workers=wanted.threads)
         self.objective = Objective(self.live, self.tasks, wanted.goal, wanted.weights, {}, wanted.device)
         self._best: tuple[int, Parts] | None = None
-        starts = (self._start(wanted.start),) if wanted.start else ()
+        starts = (first(wanted.start, self.live, self.space),) if wanted.start else ()
         settings = Settings(wanted.optimizer, wanted.budget, wanted.seed, goals, starts)
         self.study = Study(wanted.out, self.space, settings, self.identity())
         if wanted.goal != "raw":
             self._calibrated(told)
+        if wanted.goal in ("mean", "raw"):
+            self.study.settings = replace(settings, by_task=self._by_task())
+
+    def _by_task(self) -> ByTask:
+        """How trials' scores come from tasks, and what those of base and models are."""
+        names = tuple(task.name for task in self.tasks)
+        weights = np.array([self.wanted.weights.get(name, 1.0) for name in names])
+        shares = {one: self.objective.shares(own) for one, own in self.objective.alone.items()}
+        found = {one: [own[name] for name in names] for one, own in shares.items()}
+        return ByTask(names, tuple(weights / weights.sum()), known(self.space, found))
 
     def __enter__(self) -> _Work:
         return self
@@ -148,32 +161,15 @@ class _Work:
 
     def _calibrated(self, told: Told) -> None:
         """The limits of the scores, measured once for all workers."""
-        file = self.wanted.out / "limits.json"
+        file = self.wanted.out / "alone.json"
         if file.is_file():
-            self.objective.limits = {name: tuple(pair) for name, pair in json.loads(file.read_text()).items()}
+            self.objective.alone = json.loads(file.read_text())
+            self.objective.limit()
             return
         self.objective.calibrate(lambda name: told(f"measuring {Path(name).name}", 0, self.wanted.budget))
         part = file.with_suffix(f".{hashlib.sha256(str(id(self)).encode()).hexdigest()[:8]}")
-        part.write_text(json.dumps(self.objective.limits))
+        part.write_text(json.dumps(self.objective.alone))
         part.replace(file)
-
-    def _start(self, rule: str) -> tuple[Any, ...]:
-        """The first trial: weights by a rule that needs no tuning, everything else as the recipe has it."""
-        if rule not in ("nan", "metagpt"):
-            raise RecipeError(f"--start: got {rule!r}, expected nan | metagpt")
-        data = self.space.recipe.to_dict()
-        data["models"] = [{k: v for k, v in model.items() if k != "weight"} for model in data["models"]]
-        data["knobs"] = {**data.get("knobs", {}), "weight": {"from": rule, "scope": "model"}}
-        planned = self.live.apply(load(data).model_copy(update={"directory": self.space.recipe.directory}))
-        weights = next(step.knobs["weight"] for step in planned.steps if "weight" in step.knobs)
-        values = []
-        for axis in self.space.axes:
-            centre: Any = axis.at(0.5)
-            if axis.knob == "weight" and not axis.values:
-                own = [weights[k] for k in axis.models] or list(weights)
-                centre = axis.at(axis.place(sum(own) / len(own)))
-            values.append(centre)
-        return tuple(values)
 
     def run(self, recipe: Recipe, best: Kept | None) -> Trial:
         """A trial; the best's items are at hand where it may be given up."""

@@ -47,7 +47,8 @@ class Trial:
 
 @dataclass
 class Objective:
-    """Scores recipes on tasks. `limits`: by task what counts as 0 and as 1; measured by `calibrate`."""
+    """Scores recipes on tasks. By `calibrate`: `limits`, by task what counts as 0 and as 1; `alone`, the scores of base
+    and models by task."""
 
     live: Live
     tasks: Sequence[Task]
@@ -55,17 +56,22 @@ class Objective:
     weights: Mapping[str, float] = field(default_factory=dict)
     limits: dict[str, tuple[float, float]] = field(default_factory=dict)
     device: str | None = None
+    alone: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def calibrate(self, told: Callable[[str], None] = lambda name: None) -> None:
         """Measures the base and each model by itself. Raises DataError for a task that no model is better at."""
-        recipe, found = self.live.recipe, {}
-        names = dict.fromkeys(entry.model for entry in recipe.models)
-        for name in dict.fromkeys([*([recipe.base] if recipe.base else []), *names]):
+        recipe = self.live.recipe
+        for name in dict.fromkeys([*([recipe.base] if recipe.base else []), *(entry.model for entry in recipe.models)]):
             told(name)
-            found[name] = scores(self.parts(alone(recipe, name)))
+            self.alone[name] = scores(self.parts(alone(recipe, name)))
+        self.limit()
+
+    def limit(self) -> None:
+        """Sets the limits by the scores of base and models. Raises DataError for a task that no model is better at."""
+        recipe = self.live.recipe
         for task in self.tasks:
-            singles = [found[name][task.name] for name in names]
-            low = found[recipe.base][task.name] if recipe.base else min(singles)
+            singles = [self.alone[entry.model][task.name] for entry in recipe.models]
+            low = self.alone[recipe.base][task.name] if recipe.base else min(singles)
             if max(singles) <= low:
                 raise DataError(
                     f"task {task.name}: no model of the recipe is better at it than the base ({low:.4g}), so there is "
@@ -92,10 +98,14 @@ class Objective:
         found = scores(parts)
         if self.goal == "raw":
             return self._mean(found), found
-        shares = {name: (value - self.limits[name][0]) / self._width(name) for name, value in found.items()}
+        shares = self.shares(found)
         if self.goal == "each":
             return tuple(shares.values()), shares
         return min(shares.values()) if self.goal == "worst" else self._mean(shares), shares
+
+    def shares(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Scores by task between their limits, 0 and 1."""
+        return {name: (value - self.limits[name][0]) / self._width(name) for name, value in found.items()}
 
     def _width(self, task: str) -> float:
         low, high = self.limits[task]
