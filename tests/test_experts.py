@@ -1,11 +1,16 @@
 """Mixtures of experts: fused or apart, they merge alike, router included."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import graftkit
+import talker
+import tiny
 from graftkit.errors import GraftError
+from graftkit.measuring.statistics import collect
 from graftkit.recipes.plan import plan
 
 transformers = pytest.importorskip("transformers")
@@ -143,3 +148,27 @@ def test_layers_of_experts_and_without(tmp_path):
     for n, m in enumerate((1, 0, 1, 1)):
         wanted = models["math"].model.layers[m].state_dict()
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in out.model.layers[n].state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus"])
+def test_regression_merges_a_mixture_whose_router_and_experts_get_the_mean(kind, method, tmp_path, monkeypatch):
+    """Their inputs cannot be listened to one by one; those of attention and of experts that all share can."""
+    tokenizer = talker.tokenizer()
+    monkeypatch.setitem(COMMON, "vocab_size", len(tokenizer))
+    family(tmp_path, kind)
+    for name in ("base", "math", "code"):
+        tokenizer.save_pretrained(tmp_path / name)
+    data = []
+    for name, text in (("math", "two and two"), ("code", "the cat sat")):
+        data.append(tmp_path / f"{name}.jsonl")
+        data[-1].write_text(json.dumps({"prompt": text, "answer": " make four"}) + "\n")
+    models = [{"model": m, "data": str(d)} for m, d in zip(paths(tmp_path), data, strict=True)]
+    told = tiny.recipe(tmp_path, json.dumps({"method": method, "base": str(tmp_path / "base"), "models": models}))
+    collect(told, device="cpu")
+    out = merged(told, tmp_path / "out")
+    math, code = (load_file(tmp_path / name / "model.safetensors") for name in ("math", "code"))
+    apart = {n for n, t in out.items() if not torch.allclose(t, (math[n] + code[n]) / 2, rtol=1e-5, atol=1e-6)}
+    assert {name for name in out if "self_attn" in name and name.endswith("proj.weight")} <= apart
+    assert not [name for name in apart if "expert" in name.replace("shared_expert", "") or "router" in name]
+    assert not [name for name in apart if name.endswith((".gate.weight", "linear.weight"))]

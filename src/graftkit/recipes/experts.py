@@ -19,6 +19,9 @@ from graftkit.recipes import inputs
 from graftkit.recipes.steps import Context, Input, Step
 
 STACK = re.compile(r"(\.experts\.(?!\d+\.)[\w.]+|moe\.(input|output)_linear\.weight)$")
+ROUTER = re.compile(r"\.(gate|router(\.\w+)?)\.weight$")
+"""The matrix that chooses experts; a live model keeps it in a module of its own, which is no linear layer."""
+
 _FUSED = re.compile(r"(?P<head>.*)\.(?P<block>mlp|feed_forward)\.experts\.(?P<part>gate_up_proj|down_proj)(\.weight)?$")
 _APART = re.compile(r"\.(?P<block>\w+)\.experts\.\d+\.(?P<part>\w+)\.weight$")
 MIXTRAL = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

@@ -50,8 +50,8 @@ def _weighted_mean(context: Context, info: TensorInfo, setting: Setting) -> Sett
 
 
 def is_measured(name: str) -> bool:
-    """Whether inputs of a matrix can be listened to: those of experts in a mixture cannot."""
-    return not (layout.EXPERTS.search(name) or experts.STACK.search(name))
+    """Whether inputs of a matrix can be listened to: those of a mixture's experts, and of its router, cannot."""
+    return not (layout.EXPERTS.search(name) or experts.STACK.search(name) or experts.ROUTER.search(name))
 
 
 def is_matrix(info: TensorInfo) -> bool:
