@@ -35,7 +35,7 @@ from train_vlm import PARTS, VLMS
 from trials import EXP_WEIGHTS, LOSS, VL_WEIGHTS, Point, Trial, chosen, grid, read
 from wording import SCENARIOS
 
-DOCS = HERE.parents[2] / "docs"
+DOCS, COSTS_FILE = HERE.parents[2] / "docs", HERE / "trial_costs.jsonl"
 
 
 def landscape(vlm: str, name: str, scenario: str, known: Known, out: Path) -> bool:
@@ -110,6 +110,20 @@ def costs(known: Known) -> str:
     )
 
 
+def both_ways() -> Iterator[str]:
+    """What `trial_cost.py` measured: merges beside the answers of one process, read in one pass and generated."""
+    if not COSTS_FILE.is_file():
+        return
+    yield from (BOTH, COSTS_HEAD)
+    for line in COSTS_FILE.read_text(encoding="utf-8").splitlines():
+        one = json.loads(line)
+        merge = float(np.median(one["merges"]))
+        cells = [one["label"], one["method"], f"{merge:.2f}"]
+        for way in ("one_pass", "generated"):
+            cells += [f"{one[way]:.1f}", f"{100 * merge / one[way]:.1f} %"]
+        yield "| " + " | ".join([*cells, f"{one['alike']} of {one['questions']}"]) + " |"
+
+
 def missing(known: Known) -> Iterator[str]:
     """What the command would still run."""
     for method, densities in METHODS.items():
@@ -141,7 +155,7 @@ point keeps that, most of both together. `skill` is what only the expert learnt,
 """
 PRICE = """
 The most right answers of the skill on dev, in %, of all points that cost the VLM at most so many points of its own task
-(digits on dev), by method. Not what was tested: the point chosen is the best of the column "at most 5".
+(digits on dev), by method. Not what was tested: the point chosen is the best of the column "at most 5", if it has one.
 """
 SAME = """
 What DARE and TIES have more than task arithmetic at the same coefficients, in points on dev: the mean over all that
@@ -152,6 +166,14 @@ Of task arithmetic, where the whole grid was tried. Left the point with most ski
 and what of it is lost, as a share, by confining the sum; right the point chosen as above among the same points.
 """
 COSTS = "Medians of seconds of computing, one thread, on a machine that others used at the same time."
+BOTH = """
+Measured by `trial_cost.py`, each line in one process: the median of four merges, and the answers under the last to the
+180 dev questions, read in one pass over the right answers and generated token by token; alike are the verdicts.
+"""
+COSTS_HEAD = (
+    "| version | method | merge, CPU s | one pass, CPU s | merge of it | generated, CPU s | merge of it | alike |\n"
+)
+COSTS_HEAD += "|---|---|---|---|---|---|---|---|"
 SQUARE = "Task arithmetic, %; the red square is the chosen point, empty cells were not tried."
 PAIRS = (
     *((vlm, name, name) for vlm in ("neutral", "sketch") for name in SCENARIOS),
@@ -188,7 +210,8 @@ def page() -> str:
         "## Beside task arithmetic", SAME, *tables("Beside task arithmetic", BESIDE, beside_rows, known),
         "## Confined to a sum of one", SUM, *tables("Coefficients confined", CONFINED, confined_rows, known),
         "## Landscapes on dev", "", SQUARE, "", *pictures(known),
-        "## What a trial takes", "", COSTS, "", costs(known), "", "## Not run", "", *missing(known), "",
+        "## What a trial takes", "", COSTS, "", costs(known), "", *both_ways(), "",
+        "## Not run", "", *missing(known), "",
     ])  # fmt: skip
 
 
