@@ -142,7 +142,11 @@ PAPERS = (
     graft("graft, sharpness learned", sharpness=True),
     graft("graft, sharpness 20", knobs={"sharpness": 20}),
 )
-PHI = tuple(graft(f"graft, phi {kind}", phi=kind) for kind in ("channelwise", "mlp", "dense"))
+SHARP = {"sharpness": 20}
+PHI = (
+    graft("graft, phi channelwise", phi="channelwise"),
+    *(graft(f"graft, sharpness 20, phi {kind}", phi=kind, knobs=SHARP) for kind in ("channelwise", "mlp", "dense")),
+)
 FOLD = (Row("graft, fold", {"method": "graft"}, gates="fold"),)
 SWEEPS = (
     graft("graft, bins 20", bins=20),
@@ -161,7 +165,9 @@ SCENARIOS = (
         rows=(*BASELINES, *LOOKING, FISHER, *OURS, *OTHERS[:3], *MAIN, *SIZES, *OTHERS[3:], *FOLD),
     ),
     Scenario("full math-medicine", (MATH, MEDICINE), ".cache/orchard/{}-full", FINAL),
-    Scenario("math-languages", (MATH, LANGUAGES), rows=(*FINAL, *PAPERS, OURS[3], *PHI, *SWEEPS)),
+    Scenario(
+        "math-languages", (MATH, LANGUAGES), rows=(FINAL[0], PAPERS[2], PAPERS[8], *PHI, *PAPERS, *FINAL, *SWEEPS)
+    ),
     Scenario("math-code", (MATH, CODE), rows=FINAL),
     Scenario("code-medicine", (CODE, MEDICINE), rows=FINAL),
 )

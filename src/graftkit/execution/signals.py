@@ -18,6 +18,7 @@ from graftkit.methods import Method
 from graftkit.methods.signals import counts_of, edges_of, entropy_of
 
 CHUNK = 2048  # values that are compared with all edges at once: they stay in the first-level cache
+NEAR = 1 << 15  # values of each model that are looked at twice while they are near
 TURNS = 200  # most passes of the spectral norm
 SETTLED = 1e-13  # relative change of the spectral norm at which it stands still
 
@@ -48,7 +49,10 @@ def measured(method: Method, knobs: Mapping[str, Any], reader: Reader) -> tuple[
 
 def _blocks(reader: Reader, of_deltas: bool, grain: str) -> Iterator[tuple[int, np.ndarray]]:
     for start, stop in cuts(reader.step, grain):
-        base = reader.read_base(start, stop) if reader.kept is None else None
+        if reader.kept is not None and not of_deltas:
+            yield start, reader.kept[:, start:stop]
+            continue
+        base = reader.read_base(start, stop)
         yield start, (reader.read_deltas if of_deltas else reader.read_models)(start, stop, base)
 
 
@@ -65,7 +69,8 @@ def span(blocks: Blocks, models: int) -> np.ndarray:
     """The smallest and the largest value of each model, zeros where there is none: float64 [2, models]."""
     low, high = np.full(models, np.inf), np.full(models, -np.inf)
     for _, stack in blocks("element"):
-        low, high = np.minimum(low, stack.min(axis=1)), np.maximum(high, stack.max(axis=1))
+        for part in (stack[:, k : k + NEAR] for k in range(0, stack.shape[1], NEAR)):
+            low, high = np.minimum(low, part.min(axis=1)), np.maximum(high, part.max(axis=1))
     found = np.stack([low, high])
     return np.where(np.isfinite(found), found, 0.0)  # type: ignore[no-any-return]
 
