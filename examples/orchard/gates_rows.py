@@ -165,9 +165,7 @@ SCENARIOS = (
         rows=(*BASELINES, *LOOKING, FISHER, *OURS, *OTHERS[:3], *MAIN, *SIZES, *OTHERS[3:], *FOLD),
     ),
     Scenario("full math-medicine", (MATH, MEDICINE), ".cache/orchard/{}-full", FINAL),
-    Scenario(
-        "math-languages", (MATH, LANGUAGES), rows=(FINAL[0], PAPERS[2], PAPERS[8], *PHI, *PAPERS, *FINAL, *SWEEPS)
-    ),
+    Scenario("math-languages", (MATH, LANGUAGES), rows=(*FINAL, *PAPERS, *PHI, *SWEEPS)),
     Scenario("math-code", (MATH, CODE), rows=FINAL),
     Scenario("code-medicine", (CODE, MEDICINE), rows=FINAL),
 )
