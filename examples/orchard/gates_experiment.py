@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ import torch
 from experts import SOURCES
 from gates_measured import measured, placed
 from gates_page import write_page
-from gates_rows import BUDGETS, SCENARIOS, Budget, Row, Scenario
+from gates_rows import BUDGETS, SCENARIOS, WIDER, Budget, Row, Scenario
 from graftkit.data.tasks import Item, Task, load_task, sample
 from graftkit.execution.live import Live
 from graftkit.improving import adamerging
@@ -68,9 +68,9 @@ class Bench:
         self.paths = [str(ROOT / scenario.place.format(skill)) for skill in self.skills]
         self.dev = [task_of(skill, "dev", budget.dev) for skill in self.skills]
         self.train = [task_of(skill, "train", budget.samples) for skill in self.skills]
-        general = [replace(load_task(HERE / "general" / f"{name}.yaml"), skill=name) for name in GENERAL]
+        self.general = [replace(load_task(HERE / "general" / f"{name}.yaml"), skill=name) for name in GENERAL]
         self.test = [sample(load_task(HERE / "tasks" / f"{s}.yaml"), budget.test) for s in self.skills]
-        self.test += [sample(task, budget.general) for task in general]
+        self.test += [sample(task, budget.general) for task in self.general]
         self.splits = {"dev": self.dev, "test": self.test}
         self.place = WORK / scenario.name.replace(" ", "-") / budget.name
 
@@ -202,6 +202,17 @@ def references(bench: Bench, live: Live, skill: str | None) -> dict[str, Any]:
     return {"test": scores(live, own["test"]), "dev": losses(scores(live, own["dev"]))}
 
 
+def widen(bench: Bench, live: Live, rows: dict[str, Any], done: Callable[[str], None]) -> None:
+    """More items of what nobody was trained for, for a few rows."""
+    tasks = [sample(task, bench.budget.wider) for task in bench.general]
+    nothing = Row("base", {"method": "task_arithmetic", "knobs": {"scale": 1e-30}})
+    for row in (nothing, *bench.scenario.rows):
+        if row.name in WIDER and row.name in rows and "wider" not in rows[row.name]:
+            live.apply(bench.recipe(changed(row, rows[row.name].get("chosen", {})), row.form))
+            rows[row.name]["wider"] = scores(live, tasks)
+            done(f"{row.name}, wider")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [scenario.name for scenario in SCENARIOS]
@@ -233,8 +244,9 @@ def fill(bench: Bench, held: dict[str, Any], key: str, only: list[str] | None) -
         bounds = {skill: (rows["base"]["dev"][skill], rows[f"expert {skill}"]["dev"][skill]) for skill in bench.skills}
         for row in wanted:
             if row.name not in found["rows"]:
-                found["rows"][row.name] = run(bench, live, row, bounds)
+                rows[row.name] = run(bench, live, row, bounds)
                 save(held, key, row.name)
+        widen(bench, live, rows, lambda name: save(held, key, name))
 
 
 def save(held: dict[str, Any], key: str, name: str) -> None:

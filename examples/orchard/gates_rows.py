@@ -53,14 +53,15 @@ class Budget:
     general: int
     samples: int
     steps: int
+    wider: int  # items of each general task, for the rows in WIDER
 
 
 BUDGETS = {
     budget.name: budget
     for budget in (
-        Budget("small", 4, 4, 4, 8, 2),  # to see that all runs
-        Budget("page", 6, 20, 12, 30, 20),
-        Budget("full", 48, 96, 278, 200, 120),
+        Budget("small", 4, 4, 4, 8, 2, 8),  # to see that all runs
+        Budget("page", 6, 20, 12, 30, 20, 54),
+        Budget("full", 48, 96, 278, 200, 120, 278),
     )
 }
 
@@ -157,6 +158,8 @@ SWEEPS = (
 SOLVED = OURS[:1] + OURS[2:3]  # convex and free
 MAIN = PAPERS[:3] + PAPERS[7:8]  # the global gate alone, the local ones, both, and with a sharpness that is learnt
 FINAL = (*BASELINES, REGMEAN, CORE, *SOLVED)
+
+WIDER = ("base", "core RegMean", "RegMean", "task arithmetic")
 
 SCENARIOS = (
     Scenario(
