@@ -76,7 +76,7 @@ def run_one(subject: Subject, about: About, file: Path, options: Options) -> Non
 def run_merged(subjects: Sequence[Subject], abouts: Sequence[About], files: Sequence[Path], options: Options) -> None:
     """Goes through the layers of all models together, and writes their files."""
     planned, started = subjects[0].planned, time.perf_counter()
-    like = next((one for one in planned.sources if one.role == "base"), subjects[0].named)
+    like = planned.sources[planned.like]  # of a vlm's recipe the VLM, which reads the texts of its experts, too
     with ExitStack() as stack:
         live, reader = stack.enter_context(opened(str(like.source.directory), device=options.device, dtype="float32"))
         stage = Stage.of(live, planned)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ DIRECTORY = "statistics"
 COMMAND = "graft statistics RECIPE"
 WHOLE = 64 << 20  # bytes of a file of examples up to which every byte counts; of a larger one, samples
 SAMPLES, SAMPLE = 64, 1 << 16
+PICTURE = re.compile(rb'"([^"\\]{1,512}\.(?:png|jpe?g|webp|gif|bmp|tiff?))"', re.IGNORECASE)
+"""A picture that a record names, beside the records; a directory of pictures stands in their description."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def path_of(place: Path) -> Path | None:
 
 
 def fingerprint(place: Path) -> str:
-    """A hash of a place of examples: of its files' bytes, those included that a description names; of its name else."""
+    """A hash of a place of examples: of its files' bytes and of those that they name; of its name elsewhere."""
     path, digest = path_of(place), hashlib.blake2b(digest_size=16)
     if path is None:
         digest.update(place.name.encode())
@@ -268,6 +271,9 @@ def _files(path: Path) -> Iterator[Path]:
         yield from sorted(file for file in path.rglob("*") if file.is_file())
         return
     yield path
+    if path.suffix in (".json", ".jsonl") and path.stat().st_size <= WHOLE:
+        named = dict.fromkeys(match[1].decode(errors="replace") for match in PICTURE.finditer(path.read_bytes()))
+        yield from (picture for name in named if (picture := path.parent / name).is_file())
     if path.suffix in (".yaml", ".yml"):
         try:
             told = yaml.safe_load(path.read_text(encoding="utf-8"))
