@@ -272,8 +272,8 @@ def _files(path: Path) -> Iterator[Path]:
         return
     yield path
     if path.suffix in (".json", ".jsonl") and path.stat().st_size <= WHOLE:
-        named = dict.fromkeys(match[1].decode(errors="replace") for match in PICTURE.finditer(path.read_bytes()))
-        yield from (picture for name in named if (picture := path.parent / name).is_file())
+        pictures = dict.fromkeys(match[1].decode(errors="replace") for match in PICTURE.finditer(path.read_bytes()))
+        yield from (picture for name in pictures if (picture := path.parent / name).is_file())
     if path.suffix in (".yaml", ".yml"):
         try:
             told = yaml.safe_load(path.read_text(encoding="utf-8"))
