@@ -66,13 +66,12 @@ def _size(rows: Mapping[str, Any]) -> Iterator[str]:
 
 def _general(rows: Mapping[str, Any]) -> Iterator[str]:
     part = "wider" if all("wider" in rows[name] for name in (OURS, "base")) else "test"
-    for task, what in (("text", "loss on general text"), ("mmlu", "MMLU")):
+    for task, what, end in (("text", "loss on general text", ";"), ("mmlu", "MMLU", ".")):
         own, base = (drawn(rows[name][part], task) for name in (OURS, "base"))
+        others = [name for name in rows if name not in (OURS, "base") and "wider" in rows[name]]
+        beside = "".join(f"; {name} {drawn(rows[name]['wider'], task)[0]:.3f}" for name in others)
         items = len(rows[OURS][part][task])
-        told_of = f"{own[0]:.3f} on {items} items, minus the base's: {told(own - base)}"
-        more = [f"{n} {drawn(found[part], task)[0]:.3f}" for n, found in rows.items() if n != OURS and part in found]
-        beside = f"; {', '.join(more)}" if part == "wider" else ""
-        yield f"- {what}: {told_of}{beside}{'.' if task == 'mmlu' else ';'}"
+        yield f"- {what}: {own[0]:.3f} on {items} items, minus the base's: {told(own - base)}{beside}{end}"
 
 
 def factors(scores: Mapping[str, Share]) -> Iterator[str]:
