@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from graftkit.cli import app
 from graftkit.data import Item, Task
 from graftkit.errors import DataError, OutputError, PlanError
 from graftkit.improving import ranking_rule as rule
+from graftkit.improving import ranking_words as words
 from graftkit.improving.ranking import experts_in, rank
 from graftkit.improving.ranking_weights import weigh
 from graftkit.measuring.activations import run
@@ -125,9 +127,10 @@ def test_proficiency_and_what_follows_from_it() -> None:
     np.testing.assert_array_equal(rule.proficiency([[3.0]], [2.0], ["lower"]), [[0.0]])  # none is better than the base
     assert rule.headroom(own[0], own[1]) == pytest.approx(1 - 2 / 3)
     assert rule.headroom(own[0], own[0]) == 0
-    assert rule.forecast(own[0], own[1], (0.0, 0.0)) == pytest.approx(rule.headroom(own[0], own[1]))
-    assert rule.forecast(own[0], own[1], (1.0, 3.0)) == pytest.approx((1 / 2 + 1 / 4) / 2 - 2 / 3)
-    assert rule.two_factor([1.0, 3.0, 2.0], [0.5, -1.0, 2.0], 0.5) == [0.25, 0.5, 0.75]
+    assert rule.headroom(own[0], own[1], 0.9) == pytest.approx(0.1)
+    assert rule.strength(own[0], own[1]) == 1 and rule.strength(own[1], own[2]) == 0.5
+    assert rule.strength(own[0]) == pytest.approx(2 / 3)
+    assert rule.two_factor([1.0, 3.0, 2.0], [0.5, 0.0, 1.0], 0.5) == [0.25, 0.5, 0.75]
     assert rule.two_factor([1.0, 1.0], [0.0, 1.0], 0.25) == [0.125, 0.875]
 
 
@@ -202,7 +205,8 @@ def test_a_ranking_finds_out_who_is_who(family: dict[str, Path]) -> None:
     )
     pairs = {frozenset(pair.models): pair for pair in found.pairs}
     assert len(pairs) == 3
-    values = [pair.values["two_factor"] for pair in found.pairs]
+    assert found.by == "both" and found.advice.startswith("take full alone: ")
+    values = [pair.values["both"] for pair in found.pairs]
     assert values == sorted(values, reverse=True)  # type: ignore[type-var]
     fits = {name: found.compatibility.fit(name, "talk").normalised.value for name in names}
     means = {pair: (fits[pair[0]] + fits[pair[1]]) / 2 for pair in combinations(names, 2)}
@@ -212,13 +216,51 @@ def test_a_ranking_finds_out_who_is_who(family: dict[str, Path]) -> None:
         wanted = (mean - low) / (high - low) / 2 + min(max(best, 0), 1) / 2
         assert pairs[frozenset(pair)].values["two_factor"] == pytest.approx(wanted)
     harmful, harmless = (pairs[frozenset((name, "full"))] for name in ("ruin", "noise"))
-    assert (harmful.values["interference"] or 0) > 1 > (harmless.values["forecast"] or 0)
-    assert "expect harm" in harmful.reason and "full leads on all of the target" in harmless.reason
+    assert (harmful.values["interference"] or 0) > 100 and "which will be lost" in harmful.reason
+    assert "full leads on all of the target" in harmless.reason
     assert set(harmful.values) == set(rule.PREDICTORS) and None not in harmful.values.values()
     assert set(found.scores["talk"]) == {"base", *names}
     other = rank([family[n] for n in names], [task()], base=family["base"], resamples=0, by="size")
     sizes = [pair.values["size"] for pair in other.pairs]
     assert sizes == sorted(sizes)  # type: ignore[type-var]
+
+
+def values(headroom: float, size: float = 0.01) -> dict[str, float | None]:
+    return {"headroom": headroom, "both": headroom, "size": size}
+
+
+ABLE = {"a": {"x": 1.0, "y": 0.1}, "b": {"x": 0.0, "y": 1.0}, "c": {"x": 0.9, "y": -1.0}}
+
+
+@pytest.mark.parametrize(
+    ("own", "pairs", "advice"),
+    [
+        (
+            ABLE,
+            {("a", "b"): values(0.5), ("b", "c"): values(0.45)},
+            r"merge a \+ b: .* gains 0.50 over a, the best alone",
+        ),
+        (ABLE, {("a", "b"): values(0.5, 0.2), ("b", "c"): values(0.45)}, r"merge b \+ c"),
+        (ABLE, {("a", "b"): values(0.5, 0.2)}, "take a alone: every pair holds an expert whose change"),
+        (ABLE, {("a", "c"): values(0.0)}, "take a alone: no pair could gain more than 0.00"),
+        ({"a": {"x": -1.0}, "b": {"x": 0.0}}, {("a", "b"): values(0.0)}, "merge none of them"),
+        ({"a": {"x": 1.0}, "b": {"x": 0.5}}, {("a", "b"): values(0.7)}, r"take a alone: on a single task .* a \+ b"),
+    ],
+)
+def test_the_advice(own: Any, pairs: Any, advice: str) -> None:
+    assert re.match(advice, words.advice(own, pairs))
+
+
+def test_a_ranking_for_several_tasks_looks_at_headroom(family: dict[str, Path]) -> None:
+    """Over the best single expert of all, so that two weak experts do not come before two strong ones."""
+    models = [family[name] for name in ("noise", "ruin", "full")]
+    found = rank(models, [task(4, "one"), task(4, "two", start=4)], base=family["base"], resamples=0)
+    assert found.by == "headroom" and found.to_dict()["advice"] == found.advice
+    best = max(np.mean(list(one.proficiency.values())) for one in found.experts)
+    for pair in found.pairs:
+        own = [one.proficiency for one in found.experts if one.name in pair.models]
+        wanted = np.mean([max(p[t] for p in own) for t in ("one", "two")]) - best
+        assert pair.values["headroom"] == pytest.approx(wanted)
 
 
 def test_a_folder_stands_for_its_experts(family: dict[str, Path], tmp_path: Path) -> None:
@@ -260,9 +302,7 @@ def test_the_command(family: dict[str, Path], tmp_path: Path, monkeypatch: pytes
     assert "noise + full" in invoke(family["noise"], family["full"], "-d", file, *base, "--resamples", 0).output
     ranked = invoke("--rank", family["noise"], family["full"], "-d", file, *base, "--out", tmp_path / "ranked")
     assert ranked.exit_code == 0, ranked.output
-    assert "pairs, ordered by two factor" in ranked.output and "the best on the target" in " ".join(
-        ranked.output.split()
-    )
+    assert "pairs, ordered by both" in ranked.output and "the best on the target" in " ".join(ranked.output.split())
     assert (tmp_path / "ranked" / "pairs.svg").is_file()
     kept = json.loads((tmp_path / "ranked" / "ranking.json").read_text())
     factors = [expert["two_factor"] for expert in kept["experts"]]

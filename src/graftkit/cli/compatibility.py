@@ -37,7 +37,10 @@ def compatibility(
             "--tasks", "-t", help="--rank: what scores experts, if not the data.", metavar="FILE", show_default=False
         ),
     ] = None,
-    by: Annotated[str, typer.Option(help="--rank: the predictor that orders the pairs.")] = "two_factor",
+    by: Annotated[
+        str | None,
+        typer.Option(help="--rank: what orders pairs; by default headroom, for one task both.", show_default=False),
+    ] = None,
     weight: Annotated[
         float, typer.Option(min=0, max=1, help="--rank: of compatibility, against the expert's own score.")
     ] = 0.5,
@@ -95,7 +98,7 @@ def _check_ranking(rank: bool, given: dict[str, Any], measured: tuple[str, str])
 
     if rank and measured != ("all", "outputs"):
         raise GraftError("--rank looks at the outputs of all projections; leave out --part and --of")
-    if not rank and given != {"tasks": (), "by": "two_factor", "weight": 0.5, "accept_base": False}:
+    if not rank and given != {"tasks": (), "by": None, "weight": 0.5, "accept_base": False}:
         raise GraftError("--tasks, --by, --weight and --accept-base are for a ranking; add --rank, or leave them out")
 
 
@@ -145,5 +148,7 @@ def _show(found: Compatibility | Ranking, out: Path | None) -> None:
         console.print_table(table)
     for reason in getattr(found, "reasons", ()):
         typer.echo(reason)
+    if hasattr(found, "advice"):
+        typer.echo(f"Advice: {found.advice}.")
     if out is not None:
         typer.echo(f"{out}: the JSON and the pictures")

@@ -20,6 +20,7 @@ from graftkit.checkpoints.sources import read_json
 from graftkit.data.tasks import Task, load_tasks
 from graftkit.errors import DataError, PlanError, unknown
 from graftkit.improving import ranking_rule as rule
+from graftkit.improving import ranking_words as words
 from graftkit.improving.ranking_pairs import pair_values
 from graftkit.improving.ranking_weights import Weighed, weigh
 from graftkit.measuring.compatibility import EPSILON, FORMAT, Compatibility, Progress, assembled, loaded
@@ -30,7 +31,7 @@ from graftkit.measuring.predictors_observing import Observed, observe
 from graftkit.measuring.table import Cell, Column, Table
 from graftkit.recipes.inputs import Named, stands_on
 
-SHOWN = ("two_factor", "compatibility", "proficiency", "headroom", "interference")
+SHOWN = ("two_factor", "compatibility", "both", "headroom", "interference")
 """The predictors that the table of pairs shows; the JSON has all."""
 
 
@@ -87,13 +88,19 @@ class Ranking:
         return tuple(made)
 
     @property
+    def advice(self) -> str:
+        """What to do, in a sentence or two."""
+        own = {one.name: one.proficiency for one in self.experts}
+        return words.advice(own, {pair.models: pair.values for pair in self.pairs})
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Why each pair stands where it stands, a line each."""
         return tuple(f"{' + '.join(pair.models)}: {pair.reason}" for pair in self.pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"format": FORMAT} | asdict(self)
+        return {"format": FORMAT, "advice": self.advice} | asdict(self)
 
 
 def rank(
@@ -103,7 +110,7 @@ def rank(
     base: str | Path | None = None,
     accept_base: bool = False,
     tasks: Sequence[Task | str | Path] = (),
-    by: str = "two_factor",
+    by: str | None = None,
     weight: float = 0.5,
     samples: int = 64,
     epsilon: float = EPSILON,
@@ -120,13 +127,14 @@ def rank(
     `models`: experts, or folders of them. `data`: the target's data sets, at most `samples` of each. `tasks`: what
     experts are scored by, by default the data sets. `base`: what the experts were fine-tuned from (by default the one
     that adapters name; `accept_base` if adapters name another one). `weight`: of compatibility, against the expert's
-    own score. `by`: the predictor that orders the pairs. `cache`: as for `evaluate`. Full models' deltas are held in
+    own score. `by`: the predictor that orders the pairs, by default `headroom` where there are several tasks and `both`
+    where there is one. `cache`: as for `evaluate`. Full models' deltas are held in
     memory.
 
     Raises DataError for fewer than two experts and an unknown predictor, PlanError for models that do not fit the base.
     """
     places = experts_in([models] if isinstance(models, str | Path) else models)
-    if by not in rule.PREDICTORS:
+    if by is not None and by not in rule.PREDICTORS:
         raise DataError(f"--by: {unknown('predictor', by, rule.PREDICTORS)}")
     names, stem, targets = model_names(places), _base(places, base), loaded(data, samples)
     if not accept_base:
@@ -143,7 +151,7 @@ def rank(
     }  # fmt: skip
     statistics = {(n, t.name): watched[n][k].statistics for n in names for k, t in enumerate(targets)}
     found = assembled(names, targets, statistics, dict(zip(names, map(str, places), strict=True)), settings)
-    return _ranked(by, weight, names, scores, own, found, watched, weighed)
+    return _ranked(by or rule.default_predictor(len(scores)), weight, names, scores, own, found, watched, weighed)
 
 
 def experts_in(places: Sequence[str | Path]) -> list[str]:
@@ -265,7 +273,7 @@ def _ranked(
     sign = 1 if rule.PREDICTORS[by].better == "higher" else -1
     order = sorted(values, key=lambda pair: -_promise(values[pair][by], sign))
     pairs = tuple(
-        RankedPair(pair, values[pair], rule.reason_of_pair(pair, (own[pair[0]], own[pair[1]]), values[pair]))
+        RankedPair(pair, values[pair], words.reason_of_pair(pair, (own[pair[0]], own[pair[1]]), values[pair]))
         for pair in order
     )
     return Ranking(by, weight, _experts(names, fits, own, weighed, weight), pairs, scores, found)
@@ -289,10 +297,10 @@ def _experts(
     weighed: Weighed,
     weight: float,
 ) -> tuple[RankedExpert, ...]:
-    means = [float(np.mean(list(own[name].values()))) for name in names]
-    factors = rule.two_factor([fits[name][0] for name in names], means, weight)
+    strengths = [rule.strength(np.array(list(own[name].values()))) for name in names]
+    factors = rule.two_factor([fits[name][0] for name in names], strengths, weight)
     made = [
-        RankedExpert(name, factor, fits[name][0], own[name], size, rule.reason_of_expert(name, own[name], size))
+        RankedExpert(name, factor, fits[name][0], own[name], size, words.reason_of_expert(name, own[name], size))
         for name, factor, size in zip(names, factors, weighed.sizes, strict=True)
     ]
     return tuple(sorted(made, key=lambda one: -one.two_factor))

@@ -29,12 +29,13 @@ def pair_values(
     sets, in one order for all.
     """
     pairs = list(combinations(names, 2))
+    best = max(float(np.mean(list(row.values()))) for row in own.values())
     found: dict[tuple[str, str], Values] = {}
     for place, pair in enumerate(pairs):
         one, other = pair
         found[pair] = pair_predictors(
             (fit[one], fit[other]), (list(own[one].values()), list(own[other].values())),
-            (watched[one], watched[other]),
+            (watched[one], watched[other]), best,
         ) | {
             "cosine": None if weighed.cosines[place] is None else abs(weighed.cosines[place] or 0.0),
             "sign_conflict": weighed.conflicts[place],
@@ -55,19 +56,23 @@ def pair_predictors(
     fit: tuple[tuple[float, float], tuple[float, float]],
     own: tuple[Sequence[float], Sequence[float]],
     watched: tuple[Sequence[Observed], Sequence[Observed]],
+    best: float | None = None,
 ) -> Values:
-    """Those predictors of one pair that need data: compatibilities (normalised, raw), scores p(e, t), and runs."""
+    """Those predictors of one pair that need data: compatibilities (normalised, raw), scores p(e, t), and runs.
+
+    `best`: the mean score of the best expert of all; by default of the two.
+    """
     alike = [similarity(a.grams, b.grams) for a, b in zip(*watched, strict=True)]
     one, other = (_answers(runs) for runs in watched)
-    met, lost = rule.met(one, other), rule.residuals(one, other)
+    lost = rule.residuals(one, other)
     a, b = (np.asarray(row, dtype=np.float64) for row in own)
     return {
         "compatibility": (fit[0][0] + fit[1][0]) / 2,
         "compatibility_raw": (fit[0][1] + fit[1][1]) / 2,
-        "proficiency": float(max(a.mean(), b.mean())),
-        "headroom": rule.headroom(a, b),
-        "forecast": rule.forecast(a, b, met),
-        "interference": sum(met) / 2,
+        "proficiency": rule.strength(a, b),
+        "both": float((a + b).mean() / 2),
+        "headroom": rule.headroom(a, b, best),
+        "interference": sum(rule.met(one, other)) / 2,
         "gate_residual": lost[0],
         "convex_residual": lost[1],
         "similarity": None if None in alike else float(np.mean([value for value in alike if value is not None])),

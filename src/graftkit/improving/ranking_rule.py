@@ -6,13 +6,13 @@ is an expert's proficiency: 0 the base, 1 the best of these experts (0 for all w
     two_factor = weight C + (1 - weight) P
 
 C: the compatibility (equation 14, normalised; the mean over the target's data sets, of a pair also over its models),
-scaled to [0, 1] over the candidates that are ranked. P: `mean_t p` of the expert, of a pair of its better expert, cut
-to [0, 1]. The paper names the two factors and no formula; this one is ours.
+scaled to [0, 1] over the candidates that are ranked. P: the mean over tasks of p, of a pair on each task that of its
+stronger expert there, cut to [0, 1]. The paper names the two factors and no formula; this one is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,9 +38,9 @@ PREDICTORS: dict[str, Predictor] = {
     "two_factor": Predictor("higher", "compatibility and the better expert's own score, half and half"),
     "compatibility": Predictor("higher", "Graft's score (14, normalised), the mean of the two experts'"),
     "compatibility_raw": Predictor("higher", "the same from (12), not normalised"),
-    "proficiency": Predictor("higher", "the better expert's own score: 0 the base, 1 the best of all experts"),
-    "headroom": Predictor("higher", "what a merge would gain that kept the better expert's score on every task"),
-    "forecast": Predictor("higher", "headroom with each expert's part divided by 1 + the interference that it meets"),
+    "proficiency": Predictor("higher", "the stronger expert's own score on each task: 0 the base, 1 the best of all"),
+    "both": Predictor("higher", "the mean of the two experts' own scores"),
+    "headroom": Predictor("higher", "what a merge that kept the stronger expert's score on every task would gain"),
     "interference": Predictor("lower", "how much each moves the other's answers, in units of that one's own moves"),
     "gate_residual": Predictor("lower", "share of the experts' moves that the best free gates of channels lose"),
     "convex_residual": Predictor("lower", "the same for the best gates that sum to one"),
@@ -50,7 +50,12 @@ PREDICTORS: dict[str, Predictor] = {
     "overlap": Predictor("lower", "squared cosine of the principal angles of what both write to and read from"),
     "size": Predictor("lower", "norm of the larger delta, in units of the base's"),
 }
-"""All but `proficiency`, `headroom`, `forecast` and `two_factor` are there without scores."""
+"""All but `two_factor`, `proficiency`, `both` and `headroom` are there without scores."""
+
+
+def default_predictor(tasks: int) -> str:
+    """What orders pairs unless something is asked for; `docs/compatibility.md` says why."""
+    return "headroom" if tasks > 1 else "both"
 
 
 def proficiency(scores: Sequence[Sequence[float]], base: Sequence[float], better: Sequence[str]) -> Array:
@@ -61,23 +66,24 @@ def proficiency(scores: Sequence[Sequence[float]], base: Sequence[float], better
     return np.where(best > 0, gains / np.where(best > 0, best, 1.0), 0.0)  # type: ignore[no-any-return]
 
 
-def headroom(one: Array, other: Array) -> float:
-    """What a merge of two experts, each [tasks], would gain over the better one if it kept the best on every task."""
-    return float(np.maximum(one, other).mean() - max(one.mean(), other.mean()))
+def strength(*experts: Array) -> float:
+    """The second factor of one expert or two, each [tasks]: the stronger one's score on each task, cut to [0, 1]."""
+    return float(np.clip(np.max(experts, axis=0), 0, 1).mean())
 
 
-def forecast(one: Array, other: Array, met: tuple[float, float]) -> float:
-    """Headroom where the better expert on a task keeps `1 / (1 + interference)` of its score; `met` by each."""
-    kept = np.where(one >= other, one / (1 + met[0]), other / (1 + met[1]))
-    return float(kept.mean() - max(one.mean(), other.mean()))
+def headroom(one: Array, other: Array, best: float | None = None) -> float:
+    """What a merge of two experts, each [tasks], would gain if it kept the stronger one's score on every task: over the
+    mean score `best` of the best expert of all, by default the better of the two."""
+    alone = max(one.mean(), other.mean()) if best is None else best
+    return float(np.maximum(one, other).mean() - alone)
 
 
 def two_factor(compatibility: Sequence[float], own: Sequence[float], weight: float) -> list[float]:
-    """The rule for candidates that are ranked together: their compatibilities, and their (better) experts' scores."""
+    """The rule for candidates that are ranked together: their compatibilities, and their strengths."""
     found = np.asarray(compatibility, dtype=np.float64)
     span = found.max() - found.min()
     scaled = (found - found.min()) / span if span > 0 else np.full(len(found), 0.5)
-    return [float(v) for v in weight * scaled + (1 - weight) * np.clip(np.asarray(own, dtype=np.float64), 0, 1)]
+    return [float(v) for v in weight * scaled + (1 - weight) * np.asarray(own, dtype=np.float64)]
 
 
 def met(one: Responses, other: Responses) -> tuple[float, float]:
@@ -109,58 +115,3 @@ def _lost(moments: Array, alpha: Array) -> float:
         lost += float(np.einsum("ti,tui,ui->", apart, moments[s], apart))
         own += float(moments[s, s, s].sum())
     return lost / own
-
-
-def reason_of_expert(name: str, own: Mapping[str, float], size: float | None) -> str:
-    """Why an expert stands where it stands, in words."""
-    parts = []
-    if own:
-        mean = float(np.mean(list(own.values())))
-        best = max(own, key=lambda task: own[task])
-        if mean <= 0 and own[best] <= 0:
-            parts.append("no better than the base on the target")
-        elif len(own) == 1:
-            parts.append(
-                "the best on the target" if mean == 1 else f"{mean:.0%} of the best expert's gain on the target"
-            )
-        else:
-            parts.append(f"strongest on {best}, with {own[best]:.0%} of the best expert's gain")
-    if size is not None and size >= LARGE:
-        parts.append(f"its change is {size:.0%} of the base's norm, so large that it may be damaged")
-    return "; ".join(parts) or f"{name} was not scored"
-
-
-def reason_of_pair(
-    names: tuple[str, str], own: tuple[Mapping[str, float], Mapping[str, float]], values: Mapping[str, float | None]
-) -> str:
-    """Why a pair stands where it stands, in words: what each brings, and what they do to each other."""
-    parts = []
-    if own[0]:
-        leads = {t: max((0, 1), key=lambda k: own[k][t]) for t in own[0]}
-        useful = {t: k for t, k in leads.items() if own[k][t] > 0}
-        if not useful:
-            parts.append("neither is better than the base on the target")
-        elif len(set(useful.values())) == 2:
-            each = [f"{names[k]} brings {own[k][t]:.0%} on {t}" for t, k in useful.items()]
-            parts.append(", ".join(each))
-        else:
-            lead = next(iter(useful.values()))
-            parts.append(f"{names[lead]} leads on all of the target, {names[1 - lead]} adds nothing that shows")
-    disturbed, cosine = values.get("interference"), values.get("cosine")
-    if disturbed is not None:
-        parts.append(_disturbance(disturbed))
-    if cosine is not None and cosine >= ALIKE:
-        parts.append(f"their changes point the same way (cosine {cosine:.2f}): average them")
-    return "; ".join(parts)
-
-
-LARGE = 0.1  # of the base's norm: a change so large that something may have gone wrong
-ALIKE = 0.5  # cosine from which two changes are largely one
-
-
-def _disturbance(value: float) -> str:
-    if value < 0.1:
-        return f"they hardly disturb each other ({value:.2f})"
-    if value < 1:
-        return f"they disturb each other in part ({value:.2f})"
-    return f"one moves the other's answers more than that one does itself ({value:.1f}): expect harm"
