@@ -295,6 +295,17 @@ def test_core_regression_of_full_models_sees_the_main_directions_of_their_deltas
     assert len(files) == 2 and len(held.tensors) == 2 * 7, "every linear layer changes or may change"
 
 
+def test_an_adapter_and_a_full_model_meet_in_one_core(experts: dict, tmp_path: Path) -> None:
+    both = {**experts, "mixed": [experts["adapters"][0], experts["whole"][1]]}
+    more = {"accept_base": True, "output": {"dtype": "float32"}, **FEW}
+    path, _ = made(both, "mixed", "core_regmean", tmp_path / "r", **more)
+    graftkit.merge(path, tmp_path / "out")
+    factor = open_adapter(Path(experts["adapters"][0])).load(NAME, np.float64).right
+    delta = (weights(experts["whole"][1])[NAME] - weights(experts["base"])[NAME]).double().numpy()
+    wanted = within(experts, np.concatenate([factor, span_of(delta, 2), probes(48, 5)]))
+    torch.testing.assert_close(weights(tmp_path / "out")[NAME].double(), wanted, atol=1e-3, rtol=1e-2)
+
+
 def test_features_change_little_where_a_delta_does() -> None:
     """Else moments that another machine measured would be read in other directions."""
     source = np.random.default_rng(0)

@@ -112,7 +112,7 @@ def regmean(
     Norms, biases, embeddings, output embeddings and the experts of a mixture get the mean of the deltas.
 
     Use it when: a few hundred examples of each domain are at hand, without labels. Its statistics hold a square
-    matrix for each layer's inputs; for adapters `core_regmean` needs a fraction of that.
+    matrix for each layer's inputs; `core_regmean` needs a fraction of that.
 
     Example: each model answers for the input that its domain has most of.
         >>> models = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
