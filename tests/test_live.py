@@ -56,8 +56,16 @@ def test_values_are_those_of_a_merge_that_is_loaded(tmp_path, kept, dtype):
 
 
 @pytest.mark.parametrize("kept", ["BF16", "F32"])
-@pytest.mark.parametrize("method", ["task_arithmetic", "average", "ties", "slerp"])
-def test_adapters_alone_and_beside_a_checkpoint(tmp_path, kept, method):
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        ("task_arithmetic", {}), ("average", {}), ("slerp", {}), ("ties", {}), ("ties", {"rescale": True}),
+        ("ties", {"combine": "sum", "weighted_election": True}), ("dare", {"density": 0.4}),
+        ("dare", {"density": 0.4, "elect": "sign", "scale": 0.7}), ("dare", {"normalize": True, "scale": 0.7}),
+        ("dare", {"rescale_by": "l1", "elect": "sign"}),
+    ],
+)  # fmt: skip
+def test_adapters_alone_and_beside_a_checkpoint(tmp_path, kept, method, knobs):
     base, tuned, _ = tiny.family(tmp_path, dtype=WIDE[kept])
     one, two = (tiny.adapter(tmp_path / f"a{seed}", seed, rank=seed + 2) for seed in (1, 2))
     weighted = method != "slerp"
@@ -65,7 +73,7 @@ def test_adapters_alone_and_beside_a_checkpoint(tmp_path, kept, method):
         models = [
             {"model": str(path)} | ({"weight": w} if weighted else {}) for path, w in zip(pair, (0.6, 0.4), strict=True)
         ]
-        chosen = recipe((base,), method, models)
+        chosen = recipe((base,), method, models, knobs=knobs, seed=k)
         with Live.open(chosen) as live:
             live.apply()
             same(live, loaded(chosen, tmp_path / f"out{k}", "float32"))

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,13 @@ class LowRank:
 
     left: np.ndarray
     right: np.ndarray
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether neither factor holds NaN or infinity."""
+        import numpy as np
+
+        return bool(np.isfinite(self.left).all() and np.isfinite(self.right).all())
 
     def block(self, start: int, stop: int) -> np.ndarray:
         """Elements `[start, stop)` of the flattened product; whole rows are formed, so ranges should be long."""

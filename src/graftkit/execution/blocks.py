@@ -102,7 +102,7 @@ def open_feed(part: Input, sources: tuple[Named, ...], dtype: Any) -> Feed:
     if part.kind == "tensor":
         return Feed(named.label, source.store, source.tensors[part.name])
     delta = source.load(part.name, dtype, direction=part.kind == "rescaled")
-    if not (np.isfinite(delta.left).all() and np.isfinite(delta.right).all()):
+    if not delta.finite:
         raise non_finite(named.label, source.factors[part.name].b)
     if part.rows is not None:
         delta = replace(delta, left=delta.left[list(part.rows)])

@@ -18,12 +18,13 @@ from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.headers import ITEMSIZE
 from graftkit.errors import CheckpointError
-from graftkit.execution import adapters, coefficients, gating, measured, reductions, sums
+from graftkit.execution import adapters, coefficients, gating, measured, reductions
 from graftkit.execution.aligning import places
 from graftkit.execution.apply import apply, numbers_of
 from graftkit.execution.blending import fused_of
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.casting import Tally, cast
+from graftkit.execution.direct import Directly
 from graftkit.execution.finishing import Block, finished
 from graftkit.execution.module import tensor_of
 from graftkit.execution.preparing import opened
@@ -48,6 +49,7 @@ class LiveSteps:
         self._local, self._pool = threading.local(), ThreadPoolExecutor(workers, thread_name_prefix="live")
         self._statistics: dict[str, dict[str, Any]] = {}
         self._thresholds: dict[str, Threshold] = {}
+        self._directly = Directly()
 
     def close(self) -> None:
         """Ends the threads."""
@@ -133,10 +135,12 @@ class LiveSteps:
         method = methods.get(step.method)
         reader, _ = opened(step, planned.sources, self._space, known)
         found = {} if step.directions else self._found(step, planned, reader, known)
-        if method.factors:
-            direct, view = sums.sum_of(method, found["factors"], reader), place.view
-            if direct and view is not None and sums.write(step, direct, view, self._space):
-                return None
+        direct, view = (
+            self._directly.of(method, found, reader, repr((step.compute, _inputs(step, planned)))),
+            place.view,
+        )
+        if direct and view is not None and direct.write(view, self._space):
+            return None
         here = adapters.on_core(planned, reader, "cpu") if step.directions else partial(_merged, reader, found)
         merged, tally = finished(here, reader, "cpu"), Tally()
         fused = fused_of(method, found, reader)

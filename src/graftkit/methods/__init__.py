@@ -250,9 +250,15 @@ class Method:
 
 def _numbers(function: Callable[..., Any], given: Mapping[str, Any], knobs: Mapping[str, Any], count: int) -> Any:
     """Calls a function with what it names: the `count` of models, knobs, and inputs."""
-    wanted = inspect.signature(function).parameters
+    wanted = parameters_of(function)
     values = {"count": count, **knobs, **{name: given[name] for name in wanted if name in INPUTS}}
     return function(**{name: values[name] for name in wanted})
+
+
+@lru_cache
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What a function takes, by name."""
+    return tuple(inspect.signature(function).parameters)
 
 
 _REGISTRY: dict[str, Method] = {}

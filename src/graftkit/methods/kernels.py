@@ -183,16 +183,23 @@ def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no
     for first in range(0, out.size, CHUNK):
         merged = out[first : first + CHUNK]
         n = merged.size
-        total[:] = 0
-        share[:] = 0
-        merged[:] = 0
-        for t in range(deltas.shape[0]):
-            _trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total[:n])
-        _elect_signs(total[:n])
-        for t in range(deltas.shape[0]):
-            side = np.float32(1) if votes[t] >= 0 else np.float32(-1)
-            _add_agreeing(deltas[t, first : first + n], total[:n], side, weights[t], merged, share[:n])
-        _divide(merged, share[:n], mean, scale)
+        elect_part(deltas, first, limits, weights, votes, mean, scale, total[:n], share[:n], merged)
+
+
+@compiled
+def elect_part(deltas, first, limits, weights, votes, mean, scale, total, share, merged):  # type: ignore[no-untyped-def]
+    """Trims the deltas from entry `first` on in place, and combines those of the elected sign into `merged`."""
+    n = merged.size
+    total[:] = 0
+    share[:] = 0
+    merged[:] = 0
+    for t in range(deltas.shape[0]):
+        _trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total)
+    _elect_signs(total)
+    for t in range(deltas.shape[0]):
+        side = np.float32(1) if votes[t] >= 0 else np.float32(-1)
+        _add_agreeing(deltas[t, first : first + n], total, side, weights[t], merged, share)
+    _divide(merged, share, mean, scale)
 
 
 @compiled
