@@ -310,6 +310,12 @@ def test_an_output_that_will_lack_its_config_is_announced(tmp_path: Path) -> Non
     assert graftkit.merge(recipe, tmp_path / "out")["notes"] == [note]
 
 
+def test_models_of_integers_are_not_merged(tmp_path: Path) -> None:
+    one, other = (tiny.save(tmp_path / name, {"a": torch.arange(4)}) for name in ("one", "other"))
+    with pytest.raises(PlanError, match="no tensor would be merged; the models hold no tensor of floating point"):
+        graftkit.plan(average(one, other))
+
+
 def test_a_copy_of_the_base_is_told_and_by_what_it_was_recognised(tmp_path: Path) -> None:
     family = tiny.family(tmp_path)
     twin = tiny.save(tmp_path / "twin", load_file(family[0] / "model.safetensors"))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import graftkit
 import tiny
+from graftkit.checkpoints import sources
 from graftkit.errors import CheckpointError, NonFiniteError, OutputError, PlanError
 from graftkit.execution import blocks
 
@@ -74,9 +75,30 @@ def test_every_method_in_blocks_equals_the_method_on_whole_tensors(
     base, math, code = (merged(path) for path in family)
     for name, out in merged(tmp_path / "out").items():
         stack = torch.stack([math[name], code[name]][: len(used)]).double()
-        keys = tuple(key_of(3, planned.sources[k + 1].fingerprint, 0, name) for k in range(len(used)))
+        keys = tuple(key_of(3, planned.sources[k + 1].content, 0, name) for k in range(len(used)))
         whole = get(method).run(base=base[name].double(), models=stack, rng=Keyed(keys))
         assert torch.allclose(out.double(), whole, rtol=2e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 30])
+def test_random_masks_depend_on_neither_files_nor_flags(
+    tmp_path: Path, small: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights in one file or in shards, known by samples or by every byte: the same masks, the old ones."""
+    monkeypatch.setattr(sources, "SMALL", small)
+    monkeypatch.setattr(sources, "SAMPLE_BYTES", 99)
+    results = []
+    for k, (shards, full_hash) in enumerate([(1, False), (3, False), (1, True)]):
+        family = tiny.family(tmp_path / str(k), shards=shards)
+        (tmp_path / str(k) / "inner.yaml").write_text("method: average\nmodels: [math, code]\n")
+        models = [*map(str, family[1:]), str(tmp_path / str(k) / "inner.yaml")]
+        monkeypatch.setenv("GRAFTKIT_CACHE", str(tmp_path / "cache"))
+        graftkit.merge(recipe_of(family, method="dare", models=models), tmp_path / f"out{k}", full_hash=full_hash)
+        results.append(merged(tmp_path / f"out{k}"))
+    for other in results[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in results[0].items())
+    single = sources.open_checkpoint(tmp_path / "0" / "math")
+    assert single.content() == single.fingerprint()
 
 
 @pytest.mark.parametrize("recipe", ["task_arithmetic", "ties", "dare", "slerp", "ties-model"])

@@ -114,8 +114,8 @@ def test_keys_are_for_ever():
 
 def test_a_model_listed_twice_has_two_streams_and_order_does_not_matter():
     class Source:
-        def __init__(self, fingerprint):
-            self.fingerprint = fingerprint
+        def __init__(self, content):
+            self.content = content
 
     class Recipe:
         seed = 3

@@ -107,6 +107,10 @@ STRANGE = [
     ("rules: [{where: mlp}]", "recipe: rules[0].where: got 'mlp', expected a mapping with name, role or layers"),
     ("rules: [{where: {layers: [a]}}]", "recipe: rules[0].where.layers: got ['a'], expected a number, a span such as"),
     ("output: bfloat16", "recipe: output: got 'bfloat16', expected a mapping such as {dtype: bfloat16}"),
+    (
+        "slices: [{sources: [{layer_range: [0, 1]}]}]",
+        "recipe: the key 'slices[0].sources[0].model' is missing, expected a path, a hub id or the file of a recipe",
+    ),
     ("accept_base: yes please", "recipe: accept_base: got 'yes please', expected true or false"),
     ("seed: 1.5", "recipe: seed: got 1.5, expected a whole number from 0 to 2^64 - 1"),
     (f"base: [{'long, ' * 99}]", "...,"),

@@ -81,6 +81,10 @@ class Adapter:
         """A short hash of the adapter's weights and of the settings that scale them."""
         return fingerprint((self.directory / WEIGHTS, self.directory / CONFIG))
 
+    def content(self) -> str:
+        """The same: an adapter has one file."""
+        return self.fingerprint()
+
     def load(self, name: str, dtype: Any, *, direction: bool = False, scaled: bool = True) -> LowRank:
         """The factors of one tensor in memory, the scale in B unless not `scaled`, in floating-point `dtype`.
 

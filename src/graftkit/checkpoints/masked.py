@@ -45,6 +45,10 @@ class Masked(Checkpoint):
         told = fingerprint(self.files[:-1]) + json.dumps([sorted(self.scales.items()), sorted(self.names.items())])
         return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
+    def content(self) -> str:
+        """The same: what a mask leaves of the weights is in no file."""
+        return self.fingerprint()
+
     def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements `[start, stop)` of a tensor, as raw bytes in the head of `buffer`."""
         if tensor.name not in self.masks.tensors:

@@ -11,12 +11,23 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graftkit.checkpoints.headers import ITEMSIZE, DuplicateNameError, TensorInfo, inside, read_header, unique_pairs
+from graftkit.checkpoints.headers import (
+    ITEMSIZE,
+    METADATA,
+    DuplicateNameError,
+    TensorInfo,
+    encode_header,
+    inside,
+    read_header,
+    unique_pairs,
+)
 from graftkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,6 +59,33 @@ class Checkpoint:
         """A short hash of headers, sizes and sampled bytes of all weight files; the same for a copy elsewhere."""
         return fingerprint(self.files, self.tensors.values())
 
+    def content(self) -> str:
+        """The fingerprint of the one file that the tensors would make, in however many files they are kept."""
+        header, offsets = encode_header([(t.name, t.dtype, t.shape) for t in self.tensors.values()], METADATA)
+        ordered = sorted(self.tensors.values(), key=lambda tensor: (offsets[tensor.name], tensor.nbytes))
+        starts = [offsets[tensor.name] for tensor in ordered]
+        size, digest = len(header) + sum(tensor.nbytes for tensor in ordered), hashlib.blake2b(digest_size=16)
+
+        def read(position: int, length: int) -> bytes:
+            found, stop = bytearray(header[position : position + length]), min(length, size - position)
+            while len(found) < stop:
+                k = bisect_right(starts, position + len(found)) - 1
+                found += self._bytes(ordered[k], position + len(found) - starts[k], stop - len(found))
+            return bytes(found)
+
+        ends = ((tensor, start + tensor.nbytes) for tensor, start in zip(ordered, starts, strict=True))
+        moved = [replace(tensor, file=Path(), begin=end - tensor.nbytes, end=end) for tensor, end in ends]
+        _sample(digest, size, read, _middles(moved).get(Path(), []))
+        self.close()
+        return digest.hexdigest()
+
+    def _bytes(self, tensor: TensorInfo, skip: int, most: int) -> bytes:
+        """Bytes of a tensor behind its first `skip`, `most` or up to its end."""
+        found = os.pread(self._descriptor(tensor.file), min(most, tensor.nbytes - skip), tensor.begin + skip)
+        if not found:
+            raise _cut_short(tensor)
+        return found
+
     def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements `[start, stop)` of a tensor, as raw bytes in the head of `buffer` (uint8, long enough)."""
         size = ITEMSIZE[tensor.dtype]
@@ -77,8 +115,12 @@ def read_exactly(descriptor: int, view: np.ndarray, position: int, tensor: Tenso
     while done < len(memory):
         count = os.preadv(descriptor, [memory[done:]], position + done)
         if count == 0:
-            raise CheckpointError(f"{tensor.file}: ends within tensor {tensor.name!r}: truncated while being read")
+            raise _cut_short(tensor)
         done += count
+
+
+def _cut_short(tensor: TensorInfo) -> CheckpointError:
+    return CheckpointError(f"{tensor.file}: ends within tensor {tensor.name!r}: truncated while being read")
 
 
 def fingerprint(files: tuple[Path, ...], tensors: Iterable[TensorInfo] = ()) -> str:
@@ -89,19 +131,26 @@ def fingerprint(files: tuple[Path, ...], tensors: Iterable[TensorInfo] = ()) -> 
     """
     digest, middles = hashlib.blake2b(digest_size=16), _middles(tensors)
     for file in files:
-        size = file.stat().st_size
-        digest.update(size.to_bytes(8, "little"))
         with open(file, "rb") as handle:
-            if size <= SMALL:
-                digest.update(handle.read())
-                continue
-            digest.update(handle.read(min(size, 8 + int.from_bytes(handle.read(8), "little"))))
-            for k in range(SAMPLES):
-                handle.seek(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)))
-                digest.update(handle.read(SAMPLE_BYTES))
-            for place, length in middles.get(file, ()):
-                digest.update(os.pread(handle.fileno(), length, place))
+            _sample(digest, file.stat().st_size, partial(_read_at, handle.fileno()), middles.get(file, []))
     return digest.hexdigest()
+
+
+def _read_at(descriptor: int, position: int, length: int) -> bytes:
+    return os.pread(descriptor, length, position)
+
+
+def _sample(digest: Any, size: int, read: Callable[[int, int], bytes], middles: Sequence[tuple[int, int]]) -> None:
+    """Updates a hash by a file's size and all of its bytes, or header, samples and `middles`; `read` takes a range."""
+    digest.update(size.to_bytes(8, "little"))
+    if size <= SMALL:
+        digest.update(read(0, size))
+        return
+    digest.update(read(8, min(size, 8 + int.from_bytes(read(0, 8), "little"))))
+    for k in range(SAMPLES):
+        digest.update(read(max(0, (size - SAMPLE_BYTES) * k // (SAMPLES - 1)), SAMPLE_BYTES))
+    for place, length in middles:
+        digest.update(read(place, length))
 
 
 def _middles(tensors: Iterable[TensorInfo]) -> dict[Path, list[tuple[int, int]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 class Named:
     """An opened source, what the recipe calls it, its part (`base` or `model`), and its content's fingerprint.
 
-    `nested` is the plan that makes it, for a source that is another recipe's result.
+    `nested` is the plan that makes it, for a source that is another recipe's result. `content` names the weights
+    however they are kept and whatever was asked of the fingerprint: what random numbers are keyed by.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Named:
     fingerprint: str
     nested: Plan | None = None
     placed: bool = False  # an adapter of which the recipe says itself, by `base+adapter`, what it stands on
+    content: str = ""
 
     @property
     def kind(self) -> str:
@@ -61,7 +64,8 @@ class Opening:
         """Opens a checkpoint or an adapter, or the view of a task of a unified model."""
         source = open_source(directory, task=task, allow_pickle=self.allow_pickle)
         files = source.store.files if isinstance(source, Adapter) else source.files
-        return Named(name, part, source, full_hash(files) if self.full_hash else source.fingerprint())
+        known = full_hash(files) if self.full_hash else source.fingerprint()
+        return Named(name, part, source, known, content=source.content())
 
 
 def open_all(recipe: Recipe, opening: Opening) -> tuple[tuple[Named, ...], int | None, tuple[int, ...]]:
@@ -157,7 +161,9 @@ def _nested(name: str, part: str, nested: Plan) -> Named:
     if nested.recipe.output.as_ == "adapter":
         raise PlanError(f"{part} {name!r}: a recipe that makes an adapter; merge it first, and name what it made")
     config = nested.config or nested.sources[nested.like].source.config
-    return Named(name, part, Checkpoint(directory, tensors, config), nested.hash, nested)
+    content = json.dumps([nested.recipe.to_dict(), [named.content for named in nested.sources]], sort_keys=True)
+    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    return Named(name, part, Checkpoint(directory, tensors, config), nested.hash, nested, content=digest)
 
 
 def _recorded_base(sources: list[Named], add: Callable[[str, str], int], recipe: Recipe) -> int | None:
@@ -243,7 +249,7 @@ def keys(recipe: Recipe, sources: tuple[Named, ...], entries: tuple[int, ...], t
     seen: dict[str, int] = {}
     result = []
     for entry in entries:
-        content = sources[entry].fingerprint
+        content = sources[entry].content
         result.append(key_of(recipe.seed, content, seen.setdefault(content, 0), tensor))
         seen[content] += 1
     return tuple(result)

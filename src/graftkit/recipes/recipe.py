@@ -355,6 +355,7 @@ EXPECTED = {
     "slices": "a list of slices",
     "slices[]": "a mapping such as {sources: [{model: a, layer_range: [0, 12]}]}",
     "slices[].sources": "a list of at least one mapping such as {model: a, layer_range: [0, 12]}",
+    "slices[].sources[].model": "a path, a hub id or the file of a recipe",
     "slices[].sources[].layer_range": "[first, one after the last], such as [0, 12]",
     "slices[].base": "a mapping such as {model: a, layer_range: [0, 12]}",
     "slices[].base.layer_range": "[first, one after the last], such as [0, 12]",

@@ -314,7 +314,9 @@ def check_contributions(context: Context, steps: list[Step], spared: int | None 
     entries, sources = [member.source for member in context.models], context.sources
     merged = [step for step in steps if step.method]
     if not merged:
-        raise PlanError("recipe: no tensor would be merged; every model leaves the base as it is")
+        floating = any(step.dtype in FLOATING for step in steps)
+        reason = "every model leaves the base as it is" if floating else "the models hold no tensor of floating point"
+        raise PlanError(f"recipe: no tensor would be merged; {reason}")
     for step in merged:
         low, high = methods.get(step.method).model_count
         if not low <= len(entries) <= (high or len(entries)):
