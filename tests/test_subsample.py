@@ -109,6 +109,13 @@ def test_records_that_do_not_differ_are_one_cluster(vectors: np.ndarray) -> None
 # Choice
 
 
+def test_two_kinds_of_equal_records_are_two_clusters() -> None:
+    vectors = np.repeat(np.eye(2, 8, dtype=np.float16), 6, axis=0)
+    found = cluster(vectors, 8, 64, 0)
+    assert len(found.centroids) == 2 and found.silhouettes == {2: 1.0}
+    assert np.bincount(found.labels[choose(vectors, found, 4, "kmeans", None, 0)[0]]).tolist() == [2, 2]
+
+
 def test_clusters_give_in_turn_the_nearest_first() -> None:
     clusters = grouped([0, 0, 0, 1, 1, 1, 1, 2], [0.3, 0.1, 0.2, 0.4, 0.1, 0.1, 0.2, 0.9])
     take = lambda count: choose(points(8), clusters, count, "kmeans", None, 0)[0].tolist()  # noqa: E731

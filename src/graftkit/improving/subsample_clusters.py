@@ -39,13 +39,14 @@ def candidates(low: int, high: int) -> list[int]:
 def cluster(vectors: np.ndarray, low: int, high: int, seed: int) -> Clusters:
     """Clusters `vectors` `[records, dimensions]` into the K of `candidates(low, high)` with the best silhouette.
 
-    K is at most one less than the different vectors of the sample, and 1 where that leaves nothing to choose. Of equal
-    silhouettes the smaller K wins; of one K above 256 none is computed. Raises GraftError without scikit-learn.
+    K is at most the number of different vectors of the sample, less than that of its records, and 1 where nothing is
+    left to choose. Of equal silhouettes the smaller K wins; of one K above 256 none is computed. Raises GraftError
+    without scikit-learn.
     """
     chosen = np.random.default_rng(seed).permutation(len(vectors))[:SAMPLE]
     points = vectors[np.sort(chosen)].astype(np.float32)
-    different = len(np.unique(points, axis=0))
-    tried = [k for k in candidates(min(low, max(different - 1, 1)), min(high, max(different - 1, 1))) if k > 1]
+    most = max(min(len(np.unique(points, axis=0)), len(points) - 1), 1)
+    tried = [k for k in candidates(min(low, most), min(high, most)) if k > 1]
     fits = {k: _fitted(points, k, seed) for k in tried}
     found = {}
     if tried and (len(tried) > 1 or tried[0] <= MANY):
