@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,16 @@ def test_spaces_that_do_not_meet_are_benign(tmp_path: Path) -> None:
         (path / "adapter_config.json").write_text(json.dumps(config | {"r": 2, "lora_alpha": 4}))
     (found,) = subspaces(paths)
     assert found.total and found.total.columns == pytest.approx(0, abs=1e-12) and "likely to be benign" in found.verdict
+
+
+def test_adapters_that_read_the_same_inputs_are_not_called_benign(tmp_path: Path) -> None:
+    """As two that were trained from one seed do: their A hardly moved."""
+    one, draw = tiny.adapter(tmp_path / "one", 1, rank=4), np.random.default_rng(0)
+    other = related(one, tmp_path / "two", lambda name, t: t if "lora_A" in name else draw.normal(size=t.shape))
+    (found,) = subspaces([one, other])
+    assert found.total and found.total.rows == pytest.approx(1)
+    told = replace(found, total=replace(found.total, inside=(0.02, 0.01), cosine=0.01)).verdict
+    assert "benign" not in told and "read the same (100%" in told and "core_regmean" in told
 
 
 def test_no_module_in_common_and_no_adapter(tmp_path: Path) -> None:

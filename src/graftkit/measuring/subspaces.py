@@ -23,6 +23,7 @@ from graftkit.execution.factoring import core_of
 from graftkit.recipes import layout
 
 BENIGN = 0.1  # share of a delta inside the other's directions below which their sum keeps nearly all of both
+READ = 0.5  # share of common directions read from which each delta acts on the other's inputs
 ALIGNED = 0.5  # cosine from which two deltas do largely the same, or the opposite
 
 
@@ -70,6 +71,11 @@ class Subspaces:
         if abs(cosine) >= ALIGNED:
             what = "do largely the same: average them" if cosine > 0 else "undo each other: adding them cancels both"
             return f"{one} and {other} {what} ({told})"
+        if most < BENIGN and self.total.rows >= READ:
+            return (
+                f"{one} and {other} write to different directions but read the same ({self.total.rows:.0%} of them), so "
+                f"each acts on what the other is for: search for weights, or take core_regmean ({told})"
+            )
         if most < BENIGN:
             return f"{one} and {other} use different directions: adding them is likely to be benign ({told})"
         return (
