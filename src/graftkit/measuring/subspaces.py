@@ -73,7 +73,7 @@ class Subspaces:
             return f"{one} and {other} {what} ({told})"
         if most < BENIGN and self.total.rows >= READ:
             return (
-                f"{one} and {other} write to different directions but read the same ({self.total.rows:.0%} of them), so "
+                f"{one} and {other} write to different directions but read the same ({self.total.rows:.0%} of them): "
                 f"each acts on what the other is for: search for weights, or take core_regmean ({told})"
             )
         if most < BENIGN:
