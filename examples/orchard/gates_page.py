@@ -8,7 +8,7 @@ from typing import Any
 
 from gates_picture import PICTURE, write_picture
 from gates_scores import Share, drawn, gain, kept, told
-from gates_text import HEAD, sizes
+from gates_text import HEAD, WHY, sizes
 from gates_verdicts import claims, factors
 
 TUNED = ("average", "task arithmetic", "TIES", "DARE")
@@ -100,4 +100,4 @@ def write_page(held: Mapping[str, Any], place: Path) -> None:
         write_picture(four, place.parent / PICTURE)
         text.append(f"\n![score against the size of the statistic]({PICTURE})")
     text += [line for own in scenarios for line in lines(own)]
-    place.write_text("\n".join(text) + "\n", encoding="utf-8")
+    place.write_text("\n".join([*text, WHY.rstrip()]) + "\n", encoding="utf-8")

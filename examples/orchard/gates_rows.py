@@ -156,10 +156,10 @@ SWEEPS = (
     graft("graft, 8 samples", samples=8),
 )
 SOLVED = OURS[:1] + OURS[2:3]  # convex and free
-MAIN = PAPERS[:3] + PAPERS[7:8]  # the global gate alone, the local ones, both, and with a sharpness that is learnt
+MAIN = PAPERS[:3] + PAPERS[7:]  # the global gate alone, the local ones, both, and with sharpness
 FINAL = (*BASELINES, REGMEAN, CORE, *SOLVED)
 
-WIDER = ("base", "core RegMean", "RegMean", "task arithmetic")
+WIDER = ("base", "core RegMean", "task arithmetic")
 
 SCENARIOS = (
     Scenario(
