@@ -33,7 +33,7 @@ def over_trials(made: Sequence[Runs], file: Path) -> None:
         told = "two coefficients" if size == 2 else "two coefficients and the density"
         panel.set(yscale="log", xlabel="trials", title=f"{told}: {len(own)} landscape{'s' * (len(own) > 1)}")
     panels[0].set(ylabel="regret, 1 at the worst point")
-    panels[-1].legend(frameon=False, fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
@@ -48,8 +48,8 @@ def on_other_items(checked: Sequence[tuple[Runs, Landscape]], file: Path) -> Non
             regrets = runs.regrets(name, on)
             low, middle, high = np.quantile(regrets, (0.25, 0.5, 0.75), axis=0)
             trials = np.arange(1, len(middle) + 1)
-            panel.plot(trials, middle, style, color=COLOURS["gp"], label=told)
-            panel.fill_between(trials, low, high, color=COLOURS["gp"], alpha=0.12, linewidth=0)
+            panel.plot(trials, middle, style, color=COLOURS[name], label=told)
+            panel.fill_between(trials, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
         panel.set(xlabel="trials", title=runs.surrogate.of.scenario, ylim=(0, None))
     panels[0].set(ylabel="regret of the best found")
     panels[-1].legend(frameon=False, fontsize=8)

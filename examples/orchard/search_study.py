@@ -20,11 +20,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "vlm"))
 
+from trials import DENSITIES
 from trials import read as answers
 
 import search_grids
 from make_experts import CACHE
-from search_landscapes import Landscape, Surrogate, of_experts, of_vlms, sum_to_one, with_density
+from search_landscapes import OWN, Landscape, Surrogate, of_experts, of_vlms, sum_to_one, with_density
 from search_pictures import on_other_items, over_trials
 from search_runs import Kept, Runs
 
@@ -33,6 +34,7 @@ RUNS = CACHE / "search_runs.jsonl"
 OPTIMISERS = ("random", "sobol", "grid", "cma", "pattern", "powell", "gp", "tasks")
 SEEDS = 10
 NEAR = 0.3  # how far from one a sum may be to be near it
+KNOWN_FIRST = ("math+code", "neutral+language", "neutral+instruction", "neutral+arithmetic")
 SMALL = 0.01  # the regret that counts as having found it
 Checked = Sequence[tuple[Runs, Landscape]]
 
@@ -76,6 +78,7 @@ def _opening(made: Sequence[Runs]) -> str:
     scenarios = dict.fromkeys(runs.surrogate.of.scenario for runs in made)
     merge, score = np.median([runs.surrogate.of.seconds for runs in made], axis=0)
     few = "\nFewer than four scenarios rank the optimisers on these, not in general." if len(scenarios) < 4 else ""
+    axis = "; `density` in a name: the densities are a third axis" if any(r.surrogate.of.size > 2 for r in made) else ""
     return f"""# Which optimiser finds good coefficients
 
 Made by `examples/orchard/search_study.py` from grids that `search_grids.py` and `vlm/study.py` measured beside it.
@@ -83,9 +86,9 @@ Made by `examples/orchard/search_study.py` from grids that `search_grids.py` and
 Landscapes: {len(made)}, of {len(scenarios)} scenarios. Two experts of the orchard on SmolLM2-135M, where a score is the
 mean over their skills of how much of the gap between base and expert in loss a merge closes; or an expert in a VLM of
 the [test bed](experiment-vlm.md), where it is the mean of the share of right answers to the expert's task and of the
-share to the VLM's own task divided by the VLM's. Five values of each coefficient; `density` in a name: the densities
-measured are a third axis. Between the points of a grid stands an interpolation by radial basis functions, so what
-follows is about these smooth landscapes, and holds for searches on real scores as far as their noise is small.{few}
+share to the VLM's own task divided by the VLM's. Five values of each coefficient{axis}.
+Between the points of a grid stands an interpolation by radial basis functions, so what follows is about these smooth
+landscapes, and holds for searches on real scores as far as their noise is small.{few}
 One thread, on a machine that others used: a merge into the live model took {merge:.2f} s, its scoring {score:.1f} s
 (medians over landscapes).
 """
@@ -118,7 +121,8 @@ def _rankings(made: Sequence[Runs], seeds: int) -> Iterator[str]:
 {seeds} seeds each. *Regret*: 0 at the landscape's best, 1 at its worst; median (nine tenths quantile) over landscapes
 and seeds after so many trials. *Over random*: for each landscape the mean regret over seeds divided by that of random
 search; the median over landscapes, and the range. *Trials to {SMALL}*: until the regret is no more than that, median
-(nine tenths quantile); those that never get there count as one more than the budget.
+(nine tenths quantile); those that never get there count as one more than the budget. Best first by the median over
+random after all trials. The paper has GP-BO first, Pattern Search good but volatile, CMA-ES too slow.
 """
     for size, told in ((2, "Two coefficients"), (3, "Two coefficients and the density")):
         own = [runs for runs in made if runs.surrogate.of.size == size]
@@ -183,6 +187,7 @@ def _ours(made: Sequence[Runs]) -> str:
     head = ["landscape", "known", "`tasks`, a quarter", "`gp`, half", "`tasks`, half", "`gp`, all",
             f"`tasks`, trials to {SMALL}", "`gp`"]  # fmt: skip
     means = [f"{one:.4f}" for one in np.mean(held, axis=0)]
+    scenarios = [runs.surrogate.of.scenario for runs in made]
     ratios = [_count(runs.regrets("tasks")) / _count(runs.regrets("gp")) for runs in made]
     return f"""## What a merge tells beyond its score
 
@@ -192,7 +197,8 @@ every search scores anyway for its scale (*known*). Mean regret over seeds after
 
 {table(head, [*rows, ["mean", "", *means, "", ""]])}
 Trials to {SMALL}, `tasks` over `gp`: {np.median(ratios):.2f} (median over landscapes of the ratio of medians,
-{min(ratios):.2f} to {max(ratios):.2f}).
+{min(ratios):.2f} to {max(ratios):.2f}). It was settled before these landscapes were measured, which are the ones to
+judge it by: {", ".join(dict.fromkeys(one for one in scenarios if one not in KNOWN_FIRST)) or "none"}.
 
 Not used: gradients of the loss by the coefficients, since for two or three of them one costs as much as the further
 trials it is worth, and answers have none; and scores of single items, since processes of items with one kernel sum to
@@ -215,7 +221,7 @@ def _on_test(checked: Checked) -> str:
     picture = "\n![Regret on the items searched on, and on the others](experiment-search-test.png)\n" if rows else ""
     return f"""## Searched on dev, worth on other items
 
-What `gp` has found after so many trials: its median regret on the items that were searched on, and on others that no
+What `tasks` has found after so many trials: its median regret on the items that were searched on, and on others that no
 choice used, each in shares of their own landscape. Of two experts these are the test items; of an expert in a VLM,
 whose test items were asked at the chosen points only, every other item of dev.
 
@@ -232,10 +238,16 @@ again, and `search_study.py` takes it in.
 
 
 def not_run(found: Sequence[Landscape]) -> list[str]:
-    """The grids of two experts that are not whole."""
-    here = {of.name for of in found}
-    wanted = [f"{s.name} {d:g}" if d else s.name for s in search_grids.SCENARIOS for d in s.densities or (None,)]
-    return [name for name in wanted if name not in here]
+    """The grids that are not whole, by scenario and method with their densities."""
+    here = {(of.scenario, of.method, of.density) for of in found}
+    wanted = [(f"{s.one}+{s.other}", s.method, d) for s in search_grids.SCENARIOS for d in s.densities or (None,)]
+    vlms = dict.fromkeys(of.scenario for of in found if OWN in of.items)
+    wanted += [(vlm, method, d) for vlm in vlms for method in ("ties", "dare") for d in DENSITIES]
+    lost: dict[str, list[str]] = {}
+    for scenario, method, density in wanted:
+        if (scenario, method, density) not in here:
+            lost.setdefault(f"{scenario} {method}", []).extend([f"{density:g}"] if density else [])
+    return [f"{name} {' '.join(densities)}".strip() for name, densities in lost.items()]
 
 
 def main() -> None:
@@ -249,7 +261,7 @@ def main() -> None:
     if not found:
         raise SystemExit("no whole grid yet: run search_grids.py or vlm/study.py first")
     made = [kept.runs(Surrogate(of), OPTIMISERS, options.seeds) for of in found]
-    checked = [(kept.runs(Surrogate(one), ("gp",), options.seeds), other) for one, other in pairs(lines, known)]
+    checked = [(kept.runs(Surrogate(one), ("tasks",), options.seeds), other) for one, other in pairs(lines, known)]
     text = page(made, checked, not_run(found), options.seeds)
     (options.out / "experiment-search.md").write_text(text, encoding="utf-8")
     over_trials(made, options.out / "experiment-search.png")
