@@ -3,7 +3,7 @@
 From the root of the repository, after prepare_model.py (full experts after `make orchard`):
 
     OMP_NUM_THREADS=1 python examples/orchard/gates_experiment.py                    # what the page holds
-    OMP_NUM_THREADS=1 python examples/orchard/gates_experiment.py --budget full      # ten hours, never run
+    OMP_NUM_THREADS=1 python examples/orchard/gates_experiment.py --budget full      # hours; never run
     OMP_NUM_THREADS=1 python examples/orchard/gates_experiment.py --scenario four --row average --budget small
 
 Every row goes into gates_results.json as soon as it is done; the same command goes on where it stopped. The page

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gates_picture import PICTURE, write_picture
+from gates_rows import SCENARIOS
 from gates_scores import Share, drawn, gain, kept, told
 from gates_text import HEAD, WHY, sizes
 from gates_verdicts import claims, factors
@@ -91,6 +92,15 @@ def _learnt(rows: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {' | '.join(map(str, cells))} |"
 
 
+def _missing(scenarios: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the rows' file names and nobody has run."""
+    held = {own["scenario"]: own["rows"] for own in scenarios}
+    for scenario in SCENARIOS:
+        names = [row.name for row in scenario.rows if row.name not in held.get(scenario.name, {})]
+        if names:
+            yield f"- {scenario.name}: {'; '.join(names) if scenario.name in held else 'nothing'}"
+
+
 def write_page(held: Mapping[str, Any], place: Path) -> None:
     """Writes the page of all scenarios that have results, and its picture beside it."""
     scenarios: Sequence[Mapping[str, Any]] = list(held.values())
@@ -100,4 +110,4 @@ def write_page(held: Mapping[str, Any], place: Path) -> None:
         write_picture(four, place.parent / PICTURE)
         text.append(f"\n![score against the size of the statistic]({PICTURE})")
     text += [line for own in scenarios for line in lines(own)]
-    place.write_text("\n".join([*text, WHY.rstrip()]) + "\n", encoding="utf-8")
+    place.write_text("\n".join([*text, WHY.rstrip(), "", *_missing(scenarios)]) + "\n", encoding="utf-8")

@@ -35,9 +35,9 @@ def write_picture(held: Mapping[str, Any], place: Path) -> None:
         size, colour = size_of(found) or NOTHING, COLOURS.get(name[:4], COLOURS.get(name[:5], "#777777"))
         axes.plot([size, size], [low, high], color=colour, alpha=0.35, linewidth=1)
         axes.plot(size, share[0], "o", color=colour, markersize=4.5)
+        label, place_of = name.replace("core RegMean, ", "core, "), (6, _free(size, share[0], placed))
         axes.annotate(
-            name, (size, share[0]), (6, _free(size, share[0], placed)), textcoords="offset points", fontsize=6.5,
-            color=colour,
+            label, (size, share[0]), place_of, textcoords="offset points", fontsize=6.5, color=colour
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(NOTHING * 0.7, 30_000)

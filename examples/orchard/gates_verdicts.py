@@ -27,7 +27,7 @@ PAIRS = (
     ("graft, solved free", "graft, solved convex", "free coefficients instead of convex weights"),
     ("graft, free, then trained", "graft, solved free", "training from the solved start"),
     ("graft, phi channelwise", "graft, both", "phi channelwise instead of affine"),
-    ("graft, sharpness 20, phi channelwise", "graft, sharpness 20", "the same at sharpness 20"),
+    ("graft, sharpness 20, phi channelwise", "graft, sharpness 20", "phi channelwise at sharpness 20"),
     ("graft, sharpness 20, phi mlp", "graft, sharpness 20", "phi mlp instead of affine at sharpness 20"),
     ("graft, sharpness 20, phi dense", "graft, sharpness 20", "phi dense instead of affine at sharpness 20"),
     ("graft, bins 20", "graft, both", "20 bins instead of 10"),
