@@ -56,10 +56,11 @@ def cost(bed: study.Bed, method: str, density: float | None) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--label", required=True, help="what is measured")
-    label = parser.parse_args().label
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    arguments = parser.parse_args()
     bed = study.Bed("neutral", "language")
-    for method, density in METHODS.items():
-        row = {"label": label, **cost(bed, method, density)}
+    for method in arguments.methods:
+        row = {"label": arguments.label, **cost(bed, method, METHODS[method])}
         with COSTS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
