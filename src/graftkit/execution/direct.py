@@ -59,7 +59,7 @@ class Direct:
 
     def write(self, target: np.ndarray, space: Workspace) -> bool:
         """Fills a parameter, float32 or bits of bfloat16; False where an element is not finite."""
-        scratch = bool(self.plain) or target.dtype != np.float32 or self.base.dtype != np.float32
+        scratch = len(self.plain) > 1 or any(part.dtype != np.float32 for part in (target, self.base, *self.plain))
         size = self.factors.size(PART if scratch else WHOLE)
         ends = ((start, min(start + size, target.size)) for start in range(0, target.size, size))
         return all(self._block(start, stop, target[start:stop], space) for start, stop in ends)
@@ -67,18 +67,24 @@ class Direct:
     def _block(self, start: int, stop: int, target: np.ndarray, space: Workspace) -> bool:
         wide, adapters = target.dtype == np.float32, int((self.factors.ranks >= 0).sum())
         out = target if wide else space.take("single", target.size, np.float32)
-        stack = space.stack("plain", len(self.plain), target.size, np.float32)
-        for part, row in zip(self.plain, stack, strict=True):
-            _widen(part[start:stop], row)
         near = space.stack("near", adapters * ROWS, self.factors.right.shape[1], self.rule.weights.dtype)
+        base, stack = _singles(self.base[start:stop], space), self._stack(start, stop, space)
         finite = merge_rows(
-            self.factors.rows(start, stop), self.factors.right, self.factors.ranks,
-            _singles(self.base[start:stop], space), stack, self.delta, start, self.step.dtype == "BF16", near, out,
-            *self.rule.values,
+            self.factors.rows(start, stop), self.factors.right, self.factors.ranks, base, stack, self.delta, start,
+            self.step.dtype == "BF16", near, out, *self.rule.values,
         )  # fmt: skip
         if not wide:
             storage.narrow_bfloat16(out.view(np.uint32), target)
         return bool(finite)
+
+    def _stack(self, start: int, stop: int, space: Workspace) -> np.ndarray:
+        """Elements of the plain tensors, float32 [plain, n]; a sole one as it lies in its file."""
+        if len(self.plain) == 1 and self.plain[0].dtype == np.float32:
+            return self.plain[0][None, start:stop]
+        stack = space.stack("plain", len(self.plain), stop - start, np.float32)
+        for part, row in zip(self.plain, stack, strict=True):
+            _widen(part[start:stop], row)
+        return stack
 
 
 def _singles(values: np.ndarray, space: Workspace) -> np.ndarray:
