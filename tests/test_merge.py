@@ -290,3 +290,12 @@ def test_metadata_and_tensor_order_are_readable_by_the_library(tmp_path: Path) -
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(tiny.shapes())
+
+
+def test_further_chat_templates_go_along(tmp_path: Path) -> None:
+    """Transformers keeps those of a tokenizer that has several in a directory of their own."""
+    family = tiny.family(tmp_path)
+    (family[0] / "additional_chat_templates").mkdir()
+    (family[0] / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    graftkit.merge(recipe_of(family), tmp_path / "out")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"

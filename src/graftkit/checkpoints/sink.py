@@ -181,6 +181,7 @@ class Sink:
     def add_file(self, name: str, content: bytes) -> None:
         """Adds a small file beside the weights."""
         try:
+            (self.partial / name).parent.mkdir(exist_ok=True)
             (self.partial / name).write_bytes(content)
         except OSError as error:
             raise full(self.out, error) from error

@@ -32,6 +32,7 @@ LEFT = (
     "trainer_state.json",
     "adapter_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # where transformers keeps those of a tokenizer that has several
 LARGEST = 256 << 20  # bytes; what is larger is no configuration
 
 
@@ -121,8 +122,8 @@ def side_files(plan: Plan, made: Mapping[str, Any]) -> dict[str, bytes]:
     directory = plan.sources[plan.like].source.directory
     try:
         taken = {
-            path.name: path.read_bytes()
-            for path in sorted(directory.iterdir())
+            str(path.relative_to(directory)): path.read_bytes()
+            for path in [*sorted(directory.iterdir()), *sorted((directory / TEMPLATES).glob("*.jinja"))]
             if path.suffix in TAKEN and path.name not in LEFT and path.is_file() and path.stat().st_size <= LARGEST
         }
     except OSError as error:
@@ -158,7 +159,7 @@ def _with_vocabulary(plan: Plan, vocabulary: Vocabulary, taken: Mapping[str, byt
     """The tokenizer's files are those of the chosen vocabulary; generation settings name its special tokens."""
     named = plan.sources[vocabulary.source]
     translate = translation(vocabulary, plan.like, plan.sources)
-    kept = {name: content for name, content in taken.items() if name not in words.FILES}
+    kept = {n: content for n, content in taken.items() if n not in words.FILES and not n.startswith(TEMPLATES)}
     if "generation_config.json" in kept and translate:
         own, other = (
             read_json(plan.sources[k].source.directory / "generation_config.json", missing={})
