@@ -43,9 +43,10 @@ plain average.
 
 **The squashing keeps the local gates from doing much.** `exp(-g l)` and a softmax over numbers between 0 and 1 hold
 every weight within 0.41 and 0.59 of two models, within 0.23 and 0.29 of four, whatever phi says (last column of the
-tables of trainings). Both gates together beat the average of two experts by 0.007, and are 0.002 below that of four. With
-`sharpness: 20`, which the paper does not have, the same 420 numbers of phi, trained alike, use the whole range from 0
-to 1 and keep 0.957 of the pair's gains instead of 0.922: that one number is worth more than all else in the formula.
+tables of trainings). Both gates together beat the average of two experts by 0.007, and are 0.002 below that of four.
+With `sharpness: 20`, which the paper does not have, the same 420 numbers of phi, trained alike, use the whole range
+from 0 to 1 and keep 0.957 of the pair's gains instead of 0.922: that one number is worth more than all else in the
+formula.
 
 **Weights of outputs that sum to one are the wrong side.** Solved exactly, without squashing, they keep little more
 than the average: an output channel that serves two experts can only be shared out. Free coefficients, which may add
@@ -70,6 +71,6 @@ default. Of the two full experts, what lies outside of the measured directions a
 
 ## Not run
 
-Generation scores; the `full` budget; a second seed; a second base model. Of the
-page's own rows these were not run (of a scenario without a table: none was):
+Generation scores; the `full` budget; a second seed; a second base model. Of the page's own rows these were not run (of
+a scenario without a table: none was):
 """
