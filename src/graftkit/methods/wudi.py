@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Weight = Annotated[PerModel, Range(search=(0, 2))]
 Scale = Annotated[float, Range(search=(0, 2))]
-Steps = Annotated[int, Range(0, search=(10, 1000))]
+Steps = Annotated[int, Range(0, search=(1, 1000))]
 Rate = Annotated[float, Range(0)]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 """Adam's, as published."""
@@ -38,7 +38,7 @@ def wudi(
     weight: Weight = 1.0,
     scale: Scale = 1.0,
     solver: Literal["early_stopped", "exact", "adam"] = "early_stopped",
-    steps: Steps = 10,
+    steps: Steps = 3,
     start: Literal["sum", "mean", "zero"] = "sum",
     ridge: Annotated[float, Range(0, search=(0, 0.1))] = 0.0,
     tolerance: Annotated[float, Range(1e-14, 1)] = 1e-10,
@@ -76,9 +76,10 @@ def wudi(
     [in, out] are turned. With `solver: adam` the authors' numbers come out, and adapters are merged by their products.
 
     Use it when: there are no data, and models tuned for different things are to keep what each says on its own
-    inputs. Choose `steps` by measurement, the objective alone is no guide: on three rank-8 adapters of SmolLM2 the
-    descent leaves the sum by 0.7 to 1.2 times its norm in 10 steps, by 1.6 to 2.4 times in 300, and the exact minimum
-    lies 2.0 to 7.5 times as far (seven matrices of the first two layers).
+    inputs. Choose `steps` by measurement, the objective alone is no guide. Of two of the orchard's adapters (math with
+    code, math with languages; 6 dev items a skill) the sum kept 0.81 and 0.88 of their gains, 3 steps 0.89 and 0.85,
+    10 steps 0.86 and 0.73, 30 steps 0.79 and 0.53; 300 of Adam's 0.69 of the first two. The default is the best of
+    these; no test was made. The exact minimum lies 2.0 to 7.5 times the sum's norm away from it.
 
     Example: input 1 is the first model's and input 3 the second's: both are kept whole. Input 2 is both's: each
     counts by its share of the squares of its delta there, 4/5 and 1/10.
