@@ -49,8 +49,9 @@ class Pair:
 
 
 def places() -> dict[str, Path]:
-    """The experts that are at hand."""
-    return {name: found for name in EXPERTS if (found := place(name)) is not None}
+    """The experts of the study's skills that are at hand."""
+    known = [name for name in EXPERTS if EXPERTS[name].skill in SKILLS]
+    return {name: found for name in known if (found := place(name)) is not None}
 
 
 def pairs(names: list[str]) -> Iterator[Pair]:
