@@ -71,10 +71,11 @@ def elected(ballot: Ballot, keys: tuple[int, ...], dtype: Any) -> Rule:
 
 
 @compiled
-def merge_rows(  # type: ignore[no-untyped-def]
-    left, right, ranks, base, stack, delta, start, short, near, out, limits, cuts, keys, gains, votes, weights, mean,
-    scale,
-):  # fmt: skip
+def merge_rows(
+    left: np.ndarray, right: np.ndarray, ranks: np.ndarray, base: np.ndarray, stack: np.ndarray, delta: bool,
+    start: int, short: bool, near: np.ndarray, out: np.ndarray, limits: np.ndarray, cuts: np.ndarray, keys: np.ndarray,
+    gains: np.ndarray, votes: np.ndarray, weights: np.ndarray, mean: bool, scale: float,
+) -> bool:  # fmt: skip
     """Fills `out`, float32 [rows * columns] from element `start` of a tensor on; whether all of it is finite.
 
     `left` [rows, r] and `right` [r, columns] are the factors of all adapters side by side, of which each model has

@@ -187,7 +187,10 @@ def _elect(deltas, limits, weights, votes, mean, scale, out):  # type: ignore[no
 
 
 @compiled
-def elect_part(deltas, first, limits, weights, votes, mean, scale, total, share, merged):  # type: ignore[no-untyped-def]
+def elect_part(
+    deltas: np.ndarray, first: int, limits: np.ndarray, weights: np.ndarray, votes: np.ndarray, mean: bool,
+    scale: float, total: np.ndarray, share: np.ndarray, merged: np.ndarray,
+) -> None:  # fmt: skip
     """Trims the deltas from entry `first` on in place, and combines those of the elected sign into `merged`."""
     n = merged.size
     total[:] = 0
