@@ -12,8 +12,8 @@
 that `graft merge` and a load in the same dtype give, to the bit. Inputs are mapped once; adapters stay factors. Kept
 between applications are only statistics that weights do not touch (thresholds of a density, norms, dots), and factors
 twice, alone and side by side, in the precision of arithmetic. The module comes from transformers (with images:
-`AutoModelForImageTextToText`); which parameter a tensor on disk is, is checked once by comparing values. What is done to
-parameters in between, the next `apply` undoes: all are written every time.
+`AutoModelForImageTextToText`); which parameter a tensor on disk is, is checked once by comparing values. What is done
+to parameters in between, the next `apply` undoes: all are written every time.
 """
 
 from __future__ import annotations
