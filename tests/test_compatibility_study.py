@@ -62,3 +62,14 @@ def test_the_correlations_follow_from_the_pairs(found: dict[str, Any]) -> None:
 def test_bad_experts_are_in_it(found: dict[str, Any]) -> None:
     assert {"shuffled", "overheated", "mislabelled"} <= {name for name, one in found["experts"].items() if one["note"]}
     assert len(found["experts"]) >= 8
+
+
+def test_a_target_of_one_task_is_a_pair_on_one_of_its_skills(found: dict[str, Any]) -> None:
+    alone = found["one_task"]
+    gains = alone["gains"]["task_arithmetic"]
+    assert set(gains) == set(alone["predictors"])
+    for pair, one in found["gains"]["task_arithmetic"].items():
+        own = [value for key, value in gains.items() if key.rpartition(" on ")[0] == pair]
+        assert len(own) == len({found["experts"][name]["skill"] for name in pair.split("+")})
+        assert one["merged"] == pytest.approx(sum(value["merged"] for value in own) / len(own))
+        assert one["gain"] >= sum(value["gain"] for value in own) / len(own) - 1e-9  # one expert is not best on both

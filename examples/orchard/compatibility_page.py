@@ -17,8 +17,12 @@ PAGE, PICTURES = DOCS / "compatibility.md", DOCS / "compatibility"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 TITLES = {
     "task_arithmetic": "task arithmetic", "average": "average", "all": "all pairs", "two skills": "two skills",
-    "good experts": "no bad expert",
+    "not damaged": "without overheated", "good experts": "no bad expert", "one task": "gain, one task",
+    "all, score": "the merge's score, all pairs", "one task, score": "the merge's score, one task",
 }  # fmt: skip
+SEVERAL = ("all", "two skills", "not damaged", "good experts")
+WEIGHED = ("all", "two skills", "one task", "all, score", "one task, score")
+OTHERS = ("one task", "all, score", "one task, score")
 
 
 def read() -> dict[str, Any]:
@@ -44,9 +48,11 @@ def section(found: dict[str, Any]) -> str:
 def _parts(found: dict[str, Any]) -> Iterator[str]:
     settings = found["settings"]
     yield _setting(found)
-    yield _correlations(found).to_markdown()
+    yield _correlations(found, SEVERAL).to_markdown()
     yield "![Spearman of each predictor with the gain](compatibility/spearman.svg)"
     yield _verdict(found)
+    yield _one_task(found)
+    yield _correlations(found, OTHERS).to_markdown()
     best = order(found)[0]
     yield (
         f"![Gain by Graft's score](compatibility/score.svg) ![Gain by {_words(best)}](compatibility/best.svg)\n\n"
@@ -90,19 +96,20 @@ def order(found: dict[str, Any], group: str = "all") -> list[str]:
     return sorted((name for name in own if name in PREDICTORS), key=lambda name: -own[name]["value"])
 
 
-def _correlations(found: dict[str, Any]) -> Table:
-    places = [(recipe, group) for recipe, groups in found["spearman"].items() for group in groups]
-    heads = [Column(f"{TITLES[recipe]}, {TITLES[group]}", digits=2) for recipe, group in places]
+def _correlations(found: dict[str, Any], wanted: tuple[str, ...]) -> Table:
+    places = [(recipe, group) for recipe in found["spearman"] for group in wanted]
+    several = len(found["spearman"]) > 1
+    heads = [Column(f"{TITLES[recipe]}, " * several + TITLES[group], digits=2) for recipe, group in places]
     rows = []
-    for name in order(found):
+    for name in (name for name in order(found, wanted[0]) if name in found["spearman"]["task_arithmetic"][wanted[-1]]):
         cells = [found["spearman"][recipe][group][name] for recipe, group in places]
         arrow = "more" if PREDICTORS[name].better == "higher" else "less"
         rows.append((_words(name), arrow, *(Value(c["value"], c["low"], c["high"]) for c in cells)))
     counts = found["spearman"]["task_arithmetic"]
-    sizes = ", ".join(f"{TITLES[group]}: {next(iter(own.values()))['pairs']}" for group, own in counts.items())
+    sizes = ", ".join(f"{TITLES[group]}: {next(iter(counts[group].values()))['pairs']}" for group in wanted)
     note = (
-        "Spearman with the gain, signed so that 1 is a perfect promise; 95% intervals over draws of experts. "
-        f"Pairs: {sizes}."
+        f"Spearman{' with the gain' * (wanted == SEVERAL)}, signed so that 1 is a perfect promise; 95% intervals over "
+        f"draws of experts. Pairs: {sizes}."
     )
     return Table((Column("predictor"), Column("promises"), *heads), tuple(rows), note=note)
 
@@ -117,6 +124,17 @@ def _verdict(found: dict[str, Any]) -> str:
         f"two-factor rule **{_number(rule)}**. What foretells best over all pairs is **{_words(best)}** with "
         f"**{_number(own[best])}**, then {_words(names[1])} ({_number(own[names[1]])}) and {_words(names[2])} "
         f"({_number(own[names[2]])})."
+    )
+
+
+def _one_task(found: dict[str, Any]) -> str:
+    made = found["one_task"]["gains"]["task_arithmetic"]
+    sound = [one["gain"] for key, one in made.items() if "overheated" not in key]
+    better = sum(one["gain"] > 0 for one in made.values())
+    return (
+        f"On one of its skills alone a merge beats the better of its two experts in {better} of {len(made)} cases; "
+        f"without overheated the mean gain there is {sum(sound) / len(sound):.2f}. For that target, and for what the "
+        "merge itself scores (0 the base, 1 the reference expert):"
     )
 
 
@@ -136,11 +154,10 @@ def _weights(found: dict[str, Any]) -> Table:
     rows = []
     for name in (n for n in found["better"] if n.startswith("two_factor")):
         weight = 0.5 if name == "two_factor" else float(name.rpartition("_")[2])
-        cells = [found["spearman"]["task_arithmetic"][group][name] for group in found["spearman"]["task_arithmetic"]]
+        cells = [found["spearman"]["task_arithmetic"][group][name] for group in WEIGHED]
         rows.append((weight, *(Value(c["value"], c["low"], c["high"]) for c in cells)))
     rows.sort(key=lambda row: row[0])
-    groups = found["spearman"]["task_arithmetic"]
-    heads = (Column("weight of the score", digits=2), *(Column(TITLES[group], digits=2) for group in groups))
+    heads = (Column("weight of the score", digits=2), *(Column(TITLES[group], digits=2) for group in WEIGHED))
     return Table(heads, tuple(rows), "The two-factor rule by its weight (task arithmetic)")
 
 

@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python examples/orchard/compatibility_study.py --page   # the page, from the JSON
 
 Writes compatibility.json, and the numbers and pictures of docs/compatibility.md. The gain of a pair: normalised score
-of the merge (0 the base, 1 the reference expert of a skill) minus that of the
-better of the two, mean over the pair's skills, on test items (`pair_gains.py`). What foretells it is measured on dev
+of the merge (0 the base, 1 the reference expert of a skill) minus that of the better of the two, mean over the pair's
+skills, on test items (`pair_gains.py`); and the same on each of its skills alone. What foretells it is measured on dev
 data and on weights (`pair_probes.py`). Intervals: experts are drawn with replacement, since pairs share them.
 """
 
@@ -39,6 +39,8 @@ HERE = Path(__file__).resolve().parent
 JSON = HERE / "compatibility.json"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of compatibility in the two-factor rule
 DRAWS, SEED, TOP = 1000, 0, 5
+DAMAGED = "overheated"
+Point = tuple[str, Pair]  # something that is foretold, and the pair that it is of
 
 
 def loss(label: str, skill: str, *, apart: bool = False) -> float:
@@ -54,10 +56,11 @@ def normalised(label: str, skill: str) -> float:
     return (base - loss(label, skill)) / (base - loss(REFERENCE[skill], skill))
 
 
-def gain(pair: Pair, recipe: str) -> dict[str, float]:
-    """The merge, the better single expert, and their difference; each the mean over the pair's skills."""
-    merged = float(np.mean([normalised(f"{pair}-{recipe}", skill) for skill in pair.skills]))
-    single = max(float(np.mean([normalised(e, skill) for skill in pair.skills])) for e in (pair.one, pair.other))
+def gain(pair: Pair, recipe: str, skills: Sequence[str] = ()) -> dict[str, float]:
+    """The merge, the better single expert, and their difference; each the mean over skills, by default the pair's."""
+    skills = skills or pair.skills
+    merged = float(np.mean([normalised(f"{pair}-{recipe}", skill) for skill in skills]))
+    single = max(float(np.mean([normalised(e, skill) for skill in skills])) for e in (pair.one, pair.other))
     return {"merged": merged, "single": single, "gain": merged - single}
 
 
@@ -80,20 +83,32 @@ def observations(names: Sequence[str]) -> dict[str, dict[str, Observed]]:
 
 def predictors(names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     """Every predictor of every pair, for the target that is the pair's own skills."""
+    return _foretold(names, [(str(pair), pair, pair.skills) for pair in pairs(list(names))])
+
+
+def predictors_of_one_task(names: Sequence[str]) -> dict[str, dict[str, float | None]]:
+    """The same where the target is one skill alone, for each of a pair's skills."""
+    return _foretold(names, [(key, pair, (key.rpartition(" ")[2],)) for key, pair in one_task(names)])
+
+
+def _foretold(
+    names: Sequence[str], targets: Sequence[tuple[str, Pair, Sequence[str]]]
+) -> dict[str, dict[str, float | None]]:
     own, seen, weighed = own_scores(names), observations(names), pair_probes.weights(names)
     fits = {n: {s: scores(one.statistics.values.mean(axis=0)) for s, one in seen[n].items()} for n in names}
+    places = {both: place for place, both in enumerate(combinations(names, 2))}
     found: dict[str, dict[str, float | None]] = {}
-    for place, (one, other) in enumerate(combinations(names, 2)):
-        pair, both = Pair(one, other), (one, other)
-        fit = [tuple(float(np.mean([fits[e][s][k] for s in pair.skills])) for k in (1, 0)) for e in both]
-        watched = [_watched(seen[e], own[e], pair.skills) for e in both]
-        found[str(pair)] = pair_predictors(
-            (fit[0], fit[1]), ([own[one][s] for s in pair.skills], [own[other][s] for s in pair.skills]),
+    for key, pair, skills in targets:
+        both = (pair.one, pair.other)
+        fit = [tuple(float(np.mean([fits[e][s][k] for s in skills])) for k in (1, 0)) for e in both]
+        watched = [_watched(seen[e], EXPERTS[e].skill, own[e], skills) for e in both]
+        found[key] = pair_predictors(
+            (fit[0], fit[1]), ([own[pair.one][s] for s in skills], [own[pair.other][s] for s in skills]),
             (watched[0], watched[1]),
         ) | {
-            "cosine": abs(weighed["cosines"][place]),
-            "sign_conflict": weighed["conflicts"][place],
-            "overlap": weighed["overlaps"][place],
+            "cosine": abs(weighed["cosines"][places[both]]),
+            "sign_conflict": weighed["conflicts"][places[both]],
+            "overlap": weighed["overlaps"][places[both]],
             "size": max(weighed["sizes"][names.index(e)] for e in both),
         }  # fmt: skip
     for weight in WEIGHTS:
@@ -103,10 +118,14 @@ def predictors(names: Sequence[str]) -> dict[str, dict[str, float | None]]:
     return found
 
 
-def _watched(seen: dict[str, Observed], own: dict[str, float], skills: Sequence[str]) -> list[Observed]:
-    """An expert on the pair's data, with the answers of deltas only where it is best: what the command looks at."""
-    home = max((skill for skill in skills if seen[skill].responses), key=lambda skill: own[skill])
-    return [seen[skill] if skill == home else Observed(seen[skill].statistics, seen[skill].grams) for skill in skills]
+def _watched(seen: dict[str, Observed], skill: str, own: dict[str, float], skills: Sequence[str]) -> list[Observed]:
+    """An expert on the target's data, with the answers of deltas only where it is best: what the command looks at.
+
+    They were measured on the skill that an expert goes by; where that is not in the target, they are taken from there.
+    """
+    home = max((s for s in skills if seen[s].responses), key=lambda s: own[s], default=skills[0])
+    answers = seen[home].responses or seen[skill].responses
+    return [Observed(seen[s].statistics, seen[s].grams, answers if s == home else None) for s in skills]
 
 
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
@@ -116,31 +135,37 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 
 
 def correlation(
-    names: Sequence[str], chosen: Sequence[Pair], value: dict[str, float], gains: dict[str, float]
+    names: Sequence[str], chosen: Sequence[Point], value: dict[str, float], gains: dict[str, float]
 ) -> dict[str, Any]:
     """Spearman over some pairs, with a 95% interval over draws of experts: a pair counts as often as both are drawn."""
-    point = spearman([value[str(p)] for p in chosen], [gains[str(p)] for p in chosen])
+    point = spearman([value[key] for key, _ in chosen], [gains[key] for key, _ in chosen])
     source, drawn = np.random.default_rng(SEED), []
     for _ in range(DRAWS):
         counts = dict(
             zip(names, np.bincount(source.integers(len(names), size=len(names)), minlength=len(names)), strict=True)
         )
-        often = [int(counts[p.one] * counts[p.other]) for p in chosen]
+        often = [int(counts[p.one] * counts[p.other]) for _, p in chosen]
         if sum(often):
-            drawn.append(spearman(*(np.repeat([held[str(p)] for p in chosen], often) for held in (value, gains))))  # type: ignore[arg-type]
+            drawn.append(spearman(*(np.repeat([held[key] for key, _ in chosen], often) for held in (value, gains))))  # type: ignore[arg-type]
     known = np.array(drawn)[np.isfinite(drawn)]
     low, high = interval(known) if len(known) else (float("nan"), float("nan"))
     return {"value": point, "low": low, "high": high, "pairs": len(chosen)}
 
 
-def groups(names: Sequence[str]) -> dict[str, list[Pair]]:
-    """All pairs; those of different skills; those without the deliberately bad experts."""
-    every = list(pairs(list(names)))
+def groups(names: Sequence[str]) -> dict[str, list[Point]]:
+    """All pairs; those of different skills; those without the damaged expert, and without any deliberately bad one."""
+    every = [(str(pair), pair) for pair in pairs(list(names))]
     return {
         "all": every,
-        "two skills": [pair for pair in every if len(pair.skills) == 2],
-        "good experts": [pair for pair in every if not EXPERTS[pair.one].note and not EXPERTS[pair.other].note],
+        "two skills": [(key, pair) for key, pair in every if len(pair.skills) == 2],
+        "not damaged": [(key, pair) for key, pair in every if DAMAGED not in (pair.one, pair.other)],
+        "good experts": [(key, p) for key, p in every if not EXPERTS[p.one].note and not EXPERTS[p.other].note],
     }
+
+
+def one_task(names: Sequence[str]) -> list[Point]:
+    """Every pair on each of its skills."""
+    return [(f"{pair} on {skill}", pair) for pair in pairs(list(names)) for skill in pair.skills]
 
 
 def study() -> dict[str, Any]:
@@ -149,6 +174,7 @@ def study() -> dict[str, Any]:
     own, known = own_scores(names), predictors(names)
     better = {n: rule.PREDICTORS["two_factor" if n.startswith("two_factor") else n].better for n in _names(known)}
     found = {recipe: made for recipe in RECIPES if (made := _gains(names, recipe))}
+    alone, single = predictors_of_one_task(names), {recipe: _gains_of_one_task(names, recipe) for recipe in found}
     return {
         "experts": {n: {"skill": EXPERTS[n].skill, "note": EXPERTS[n].note, "p": own[n]} for n in names},
         "settings": {
@@ -161,7 +187,11 @@ def study() -> dict[str, Any]:
         "predictors": known,
         "better": better,
         "gains": found,
-        "spearman": {recipe: correlations(names, known, better, made) for recipe, made in found.items()},
+        "one_task": {"predictors": alone, "gains": single},
+        "spearman": {
+            recipe: correlations(names, known, better, made) | of_one_task(names, alone, better, single[recipe])
+            for recipe, made in found.items()
+        },
         "picked": picked(found, known, better),
         "single": single_fits(names),
         "by_samples": samples_study(),
@@ -187,16 +217,35 @@ def _gains(names: Sequence[str], recipe: str) -> dict[str, dict[str, float]]:
         return {}
 
 
+def _gains_of_one_task(names: Sequence[str], recipe: str) -> dict[str, dict[str, float]]:
+    return {key: gain(pair, recipe, (key.rpartition(" ")[2],)) for key, pair in one_task(names)}
+
+
 def correlations(
     names: Sequence[str], known: dict[str, Any], better: dict[str, str], made: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
-    """By group of pairs and predictor."""
-    gains = {pair: one["gain"] for pair, one in made.items()}
+    """By group of pairs and predictor: with the gain, and over all pairs also with the merge's own score."""
     values = {name: _signed(known, name, direction) for name, direction in better.items()}
-    return {
-        group: {name: correlation(names, chosen, value, gains) for name, value in values.items()}
-        for group, chosen in groups(names).items()
-    }
+    asked = {group: (chosen, "gain") for group, chosen in groups(names).items()}
+    asked["all, score"] = (asked["all"][0], "merged")
+    return {group: _each(names, chosen, values, made, what) for group, (chosen, what) in asked.items()}
+
+
+def of_one_task(
+    names: Sequence[str], known: dict[str, Any], better: dict[str, str], made: dict[str, dict[str, float]]
+) -> dict[str, Any]:
+    """The same for targets of one skill; without headroom, which is nothing there."""
+    values = {name: _signed(known, name, way) for name, way in better.items() if name != "headroom"}
+    asked = {"one task": "gain", "one task, score": "merged"}
+    return {group: _each(names, one_task(names), values, made, what) for group, what in asked.items()}
+
+
+def _each(
+    names: Sequence[str], chosen: Sequence[Point], values: dict[str, dict[str, float]],
+    made: dict[str, dict[str, float]], what: str,
+) -> dict[str, Any]:  # fmt: skip
+    outcomes = {key: one[what] for key, one in made.items()}
+    return {name: correlation(names, chosen, value, outcomes) for name, value in values.items()}
 
 
 def _names(known: dict[str, dict[str, float | None]]) -> list[str]:
