@@ -61,7 +61,7 @@ def from_wudi(held: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
             told = {"sum": "the plain sum", "adam": "300 steps of Adam"}.get(row, f"steps {row}")
             yield (
                 "wudi",
-                (pair.replace(" + ", ", "), told, share["value"], share["low"], share["high"], "statistics.md"),
+                (pair.replace(" + ", ", "), told, share["value"], share["low"], share["high"], "methods/wudi.md"),
             )
 
 

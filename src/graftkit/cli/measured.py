@@ -23,6 +23,9 @@ ROWS: dict[str, tuple[Measured, ...]] = {
     "core_regmean": (
         Measured("math, code, medicine, languages", "core RegMean", 0.958, 0.932, 0.983, "experiment-graft.md"),
         Measured(
+            "math, code, medicine, languages", "core RegMean, 8 samples", 0.955, 0.93, 0.98, "experiment-graft.md"
+        ),
+        Measured(
             "math, code, medicine, languages", "core RegMean, not balanced", 0.953, 0.925, 0.979, "experiment-graft.md"
         ),
         Measured(
@@ -53,6 +56,14 @@ ROWS: dict[str, tuple[Measured, ...]] = {
     ),
     "fisher": (Measured("math, code, medicine, languages", "Fisher", 0.657, 0.626, 0.693, "experiment-graft.md"),),
     "graft": (
+        Measured(
+            "math, code, medicine, languages",
+            "graft, solved convex, squashed",
+            0.601,
+            0.572,
+            0.634,
+            "experiment-graft.md",
+        ),
         Measured("math, code, medicine, languages", "graft, global only", 0.596, 0.567, 0.629, "experiment-graft.md"),
         Measured("math, code, medicine, languages", "graft, local only", 0.593, 0.564, 0.627, "experiment-graft.md"),
         Measured("math, code, medicine, languages", "graft, both", 0.593, 0.564, 0.627, "experiment-graft.md"),
@@ -106,4 +117,12 @@ ROWS: dict[str, tuple[Measured, ...]] = {
         ),
     ),
     "tsv": (Measured("math, code, medicine, languages", "TSV, scale 0.5", 0.766, 0.73, 0.806, "experiment-graft.md"),),
+    "wudi": (
+        Measured("math, code", "steps 3", 0.919, 0.823, 1.003, "methods/wudi.md"),
+        Measured("math, code", "the plain sum", 0.898, 0.738, 1.048, "methods/wudi.md"),
+        Measured("math, code", "steps 10", 0.878, 0.767, 0.961, "methods/wudi.md"),
+        Measured("math, languages", "steps 3", 0.944, 0.886, 0.994, "methods/wudi.md"),
+        Measured("math, languages", "the plain sum", 0.904, 0.829, 0.974, "methods/wudi.md"),
+        Measured("math, languages", "steps 10", 0.874, 0.798, 0.912, "methods/wudi.md"),
+    ),
 }
