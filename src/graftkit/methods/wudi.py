@@ -79,7 +79,8 @@ def wudi(
     inputs. Choose `steps` by measurement, the objective alone is no guide. Of two of the orchard's adapters (math with
     code, math with languages; 6 dev items a skill) the sum kept 0.81 and 0.88 of their gains, 3 steps 0.89 and 0.85,
     10 steps 0.86 and 0.73, 30 steps 0.79 and 0.53; 300 of Adam's 0.69 and 0.52. The default is the best of these; on
-    5 test items a skill it kept 0.92 and 0.94, the sum 0.90 and 0.90. The exact minimum lies 2.0 to 7.5 times the sum's norm away from it.
+    5 test items a skill it kept 0.92 and 0.94, the sum 0.90 and 0.90. The exact minimum lies 2.0 to 7.5 times the
+    sum's norm away from it.
 
     Example: input 1 is the first model's and input 3 the second's: both are kept whole. Input 2 is both's: each
     counts by its share of the squares of its delta there, 4/5 and 1/10.
