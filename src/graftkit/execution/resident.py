@@ -28,17 +28,17 @@ class ResidentCheckpoint(Checkpoint):
 
     def array(self, tensor: TensorInfo) -> np.ndarray:
         """All of a tensor as it lies in its file, flat; bfloat16 and float16 as bits."""
-        return self._bytes(tensor.file)[tensor.begin : tensor.end].view(STORAGE[tensor.dtype])
+        return self._mapping(tensor.file)[tensor.begin : tensor.end].view(STORAGE[tensor.dtype])
 
     def read(self, tensor: TensorInfo, start: int, stop: int, buffer: np.ndarray) -> np.ndarray:
         """Elements `[start, stop)` of a tensor, as raw bytes in the head of `buffer`."""
         size = ITEMSIZE[tensor.dtype]
         view = buffer[: (stop - start) * size]
         first = tensor.begin + start * size
-        np.copyto(view, self._bytes(tensor.file)[first : first + view.size])
+        np.copyto(view, self._mapping(tensor.file)[first : first + view.size])
         return view
 
-    def _bytes(self, file: Path) -> np.ndarray:
+    def _mapping(self, file: Path) -> np.ndarray:
         with self._lock:
             if file not in self._mapped:
                 try:
