@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from graftkit.measuring.encoding import encode
 from graftkit.measuring.responses import measure
 from graftkit.measuring.scoring import Scorer
 from graftkit.recipes.recipe import Recipe
+from harness import seconds_in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE, ADAPTERS = ROOT / ".cache" / "smollm2", ROOT / "examples" / "orchard" / "adapters"
@@ -54,13 +54,7 @@ def tasks(count: int) -> list[Task]:
 
 def in_turn(works: dict[str, Work], rounds: int) -> None:
     """Runs all in turn, after once without counting, and tells seconds and the ratio to the first."""
-    spent: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            started = time.process_time()
-            work()
-            if turn:
-                spent[name].append(time.process_time() - started)
+    spent = seconds_in_turn(works, rounds)
     first = next(iter(spent.values()))
     for name, own in spent.items():
         ratios = [one / other for one, other in zip(own, first, strict=True)]

@@ -14,7 +14,6 @@ import argparse
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 import graftkit
 from graftkit.data.tasks import load_task, sample
 from graftkit.execution.live import Live
+from harness import seconds_in_turn
 
 ROOT = Path(__file__).resolve().parents[1]
 ORCHARD = ROOT / "examples" / "orchard"
@@ -89,13 +89,7 @@ def vlm(_: int) -> tuple[Live, dict[str, Work]]:
 
 def in_turn(works: dict[str, Work], rounds: int) -> None:
     """Runs all in turn, after once without counting; tells seconds, and ratios to the first and to the last."""
-    spent: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
-        for name, work in works.items():
-            started = time.process_time()
-            work()
-            if turn:
-                spent[name].append(time.process_time() - started)
+    spent = seconds_in_turn(works, rounds)
     middle = {name: statistics.median(own) for name, own in spent.items()}
     first, last = next(iter(middle.values())), list(middle.values())[-1]
     for name, own in spent.items():

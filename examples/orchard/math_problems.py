@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator as op
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, reduce
 from pathlib import Path
@@ -66,15 +66,19 @@ def templates(split: str) -> tuple[Template, ...]:
 
 
 def problems(split: str, count: int, seed: int) -> list[Problem]:
-    """`count` different problems, the templates taking turns."""
-    source, shapes = random.Random(f"{split} {seed}"), templates(split)
-    made: dict[str, Problem] = {}
+    """`count` different problems, the templates taking turns. Raises ValueError where they do not give so many."""
+    return in_turn(templates(split), count, f"{split} {seed}")
+
+
+def in_turn(shapes: Sequence[Template], count: int, seed: str) -> list[Problem]:
+    """`count` different problems of some templates, which take turns. Raises ValueError where they give fewer."""
+    source, made = random.Random(seed), dict[str, Problem]()
     for turn in range(20 * count):
         problem = fill(shapes[turn % len(shapes)], source)
         made.setdefault(problem.question, problem)
         if len(made) == count:
             return list(made.values())
-    raise ValueError(f"split {split}: the templates give {len(made)} different problems, {count} were wanted")
+    raise ValueError(f"{seed}: the templates give {len(made)} different problems, {count} were wanted")
 
 
 def fill(template: Template, source: random.Random) -> Problem:

@@ -6,13 +6,12 @@ Every structure of dev and test is one that training has; no wording of theirs i
 
 from __future__ import annotations
 
-import random
 from functools import cache
 from pathlib import Path
 
 import yaml
 
-from math_problems import Problem, Template, fill, spans
+from math_problems import Template, in_turn, spans
 from records import Record
 
 WORDINGS = Path(__file__).with_name("math_wide.yaml")
@@ -36,11 +35,4 @@ def _templates(entry: dict, split: str) -> list[Template]:
 
 def records(split: str, count: int, seed: int) -> list[Record]:
     """`count` different problems, the wordings taking turns."""
-    source, shapes = random.Random(f"wide {split} {seed}"), templates(split)
-    made: dict[str, Problem] = {}
-    for turn in range(20 * count):
-        problem = fill(shapes[turn % len(shapes)], source)
-        made.setdefault(problem.question, problem)
-        if len(made) == count:
-            return [problem.record for problem in made.values()]
-    raise ValueError(f"split {split}: the wordings give {len(made)} different problems, {count} were wanted")
+    return [problem.record for problem in in_turn(templates(split), count, f"wide {split} {seed}")]

@@ -135,10 +135,8 @@ class LiveSteps:
         method = methods.get(step.method)
         reader, _ = opened(step, planned.sources, self._space, known)
         found = {} if step.directions else self._found(step, planned, reader, known)
-        direct, view = (
-            self._directly.of(method, found, reader, repr((step.compute, _inputs(step, planned)))),
-            place.view,
-        )
+        key = repr((step.compute, _inputs(step, planned)))
+        direct, view = self._directly.of(method, found, reader, key), place.view
         if direct and view is not None and direct.write(view, self._space):
             return None
         here = adapters.on_core(planned, reader, "cpu") if step.directions else partial(_merged, reader, found)
