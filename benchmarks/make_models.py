@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+import harness
+
 MODELS = ("base", "math", "code")
 SPREAD, CHANGE, RANK = 0.02, 0.01, 8
 BLOCK, SHARD_BYTES, FORMAT = 1 << 22, 10**9, "2"
@@ -260,7 +262,7 @@ def make(name: str, root: Path, threads: int = 1) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("sizes", nargs="*", choices=list(SIZES), default=["0.1B"])
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1] / ".cache" / "bench")
+    parser.add_argument("--root", type=Path, default=harness.BENCH)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     for name in options.sizes:

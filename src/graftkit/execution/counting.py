@@ -6,7 +6,7 @@ tensors are formed and counted in one compiled pass over the files' bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,14 +39,21 @@ class Window:
         return cls(shift, first.astype(np.int64), np.zeros(len(first), np.int64))
 
 
-def count(reader: Reader, window: Window, read: Read = Reader.read_patterns) -> np.ndarray:
+def count(
+    reader: Reader,
+    window: Window,
+    read: Read = Reader.read_patterns,
+    blocks: Iterable[tuple[int, int]] | None = None,
+) -> np.ndarray:
     """Per row how many of a step's entries lie above the window, and how many at each of its places; [rows, 1 + BINS].
+
+    `blocks`: those that are looked at, else all.
 
     NaN and infinity count as the largest; the pass that merges refuses them.
     """
     counts = np.zeros((len(window.first), 1 + BINS), np.int64)
     feeds = delta_bits(reader) if read is Reader.read_patterns else None
-    for start, stop in cuts(reader.step):
+    for start, stop in cuts(reader.step) if blocks is None else blocks:
         if feeds:
             _count_bits(feeds, start, stop, reader, window, counts)
             continue
@@ -67,20 +74,6 @@ def _count_bits(
     raws = read_bits(feeds, start, stop, reader.space)
     numbers = np.concatenate([[window.shift], window.first, window.middle]).astype(np.float64)
     COUNT(raws, numbers, counts.reshape(-1), raws[0], numbers, *scratch(reader.space, len(feeds)))
-
-
-def read_magnitudes(reader: Reader, start: int, stop: int, out: np.ndarray) -> None:
-    """The magnitudes of elements `[start, stop)` into `out` [rows, n]; without a compiled loop, for a few blocks."""
-    feeds = delta_bits(reader)
-    if feeds is None:
-        np.bitwise_and(reader.read_patterns(start, stop), MAGNITUDE, out=out)
-        return
-    raws = read_bits(feeds, start, stop, reader.space)
-    wide = reader.space.stack("sampled", len(feeds), stop - start, np.uint32)
-    np.left_shift(raws, np.uint32(16), out=wide)
-    numbers = wide.view(np.float32)
-    np.subtract(numbers[1:], numbers[0], out=out.view(np.float32))
-    np.bitwise_and(out, MAGNITUDE, out=out)
 
 
 @compiled

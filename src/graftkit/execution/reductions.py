@@ -20,7 +20,7 @@ import numpy as np
 from graftkit.compiling import reassociated
 from graftkit.execution import signals
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of
-from graftkit.execution.counting import BINS, Read, Window, count, read_magnitudes
+from graftkit.execution.counting import BINS, Read, Window, count
 from graftkit.methods import Method
 from graftkit.methods.parts import band_ranks, deviation, kept_count, spread
 from graftkit.recipes.steps import Step
@@ -90,7 +90,7 @@ def select(
         target = np.clip(wanted, 1, max(elements - 1, 1))
         alone = spread is None and len(steps) == 1
         found = _select_by_window(opening(steps[0], space), target) if alone else None
-        bits, _, kept = found or _select_by_radix(steps, target, opening, space, spread)
+        bits, _, kept = found or _select_by_radix(_over(steps, opening, space, spread), target)
     edge = np.where(wanted == 0, np.float32(np.inf), np.float32(0))
     values = np.where(open_models, bits.view(np.float32), edge).astype(np.float32)
     shares = np.where(open_models, kept / max(elements, 1), (wanted > 0).astype(np.float64))
@@ -101,21 +101,29 @@ Selected = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Per row of what was read: bit pattern of the k-th value, how many are above it, how many at or above it."""
 
 
-def _select_by_radix(
+Counted = Callable[[Window], np.ndarray]
+"""How many entries of each row lie at each place of a window, [rows, BINS]."""
+
+
+def _over(
     steps: Sequence[Step],
-    wanted: np.ndarray,
     opening: Open,
     space: Workspace,
     spread: Spread | None = None,
     read: Read = Reader.read_patterns,
-) -> Selected:
-    """The k-th value of each row of what is read; two passes."""
+) -> Counted:
+    """Counts over all of the steps."""
     run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
 
     def counted(window: Window) -> np.ndarray:
-        counts = run(lambda step, scratch: count(opening(step, scratch), window, read), steps)
-        return np.asarray(sum(counts, np.zeros((len(wanted), 1 + BINS), np.int64)))[:, 1:]
+        counts = list(run(lambda step, scratch: count(opening(step, scratch), window, read), steps))
+        return np.asarray(sum(counts))[:, 1:]
 
+    return counted
+
+
+def _select_by_radix(counted: Counted, wanted: np.ndarray) -> Selected:
+    """The k-th value of each row of what is counted; two passes."""
     bins, above = _locate(counted(Window.at(np.zeros(len(wanted)), shift=16)), wanted)
     low = counted(Window.at(bins << 16))
     rest, over = _locate(low, wanted - above)
@@ -129,14 +137,10 @@ def _select_by_window(reader: Reader, wanted: np.ndarray) -> Selected | None:
     if len(blocks) < 2 * SAMPLE:
         return None
     chosen = [blocks[k * (len(blocks) - 2) // (SAMPLE - 1)] for k in range(SAMPLE)]  # all but the last block are full
-    size = chosen[0][1] - chosen[0][0]
-    sample = reader.space.stack("sample", len(wanted), SAMPLE * size, np.uint32)
-    for k, block in enumerate(chosen):
-        read_magnitudes(reader, *block, sample[:, k * size : (k + 1) * size])
-    places = np.clip(wanted * sample.shape[1] // reader.step.elements, 1, sample.shape[1])
-    for row, k in zip(sample, places, strict=True):
-        row.partition(row.size - k)
-    middle = np.array([row[row.size - k] for row, k in zip(sample, places, strict=True)], np.int64)
+    size = sum(stop - start for start, stop in chosen)
+    places = np.clip(wanted * size // reader.step.elements, 1, size)
+    sampled, _, _ = _select_by_radix(lambda window: count(reader, window, blocks=chosen)[:, 1:], places)
+    middle = sampled.astype(np.int64)
     first = np.maximum(middle - BINS // 2, 0)
     found = count(reader, Window(0, first, middle - first))
     above, counts = found[:, 0], found[:, 1:]
@@ -173,7 +177,7 @@ def _of_rank(reader: Reader, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
     if wanted.any():
         target = np.maximum(wanted, 1)
         made = _select_by_window(reader, target)
-        bits, *counts = made or _select_by_radix([reader.step], target, lambda *_: reader, reader.space)
+        bits, *counts = made or _select_by_radix(_over([reader.step], lambda *_: reader, reader.space), target)
         found = np.where(wanted > 0, bits.view(np.float32), found)
         above, reached = (np.where(wanted > 0, count, 0) for count in counts)
     return found, above, reached
@@ -198,7 +202,9 @@ def variation(reader: Reader, knobs: Mapping[str, Any]) -> tuple[np.ndarray, flo
     wanted = np.array([kept_count(knobs["select_topk"], varied)], np.int64)
     if not wanted.any():
         return np.full(1, np.inf, np.float32), 0.0
-    bits, _, reached = _select_by_radix([reader.step], wanted, lambda *_: reader, reader.space, None, _deviations)
+    bits, _, reached = _select_by_radix(
+        _over([reader.step], lambda *_: reader, reader.space, None, _deviations), wanted
+    )
     return bits.view(np.float32), float(reached[0]) / varied
 
 
