@@ -141,6 +141,7 @@ class Reader:
         self.models = tuple(self._open(part, sources) for part in step.models)
         self.prepared: tuple[Preparation, ...] = ()
         self.kept: np.ndarray | None = None
+        self.kept_base: np.ndarray | None = None
 
     def then(self, preparation: Preparation) -> Reader:
         """The same inputs with one more preparation, after those that it has."""
@@ -155,13 +156,18 @@ class Reader:
         return plain
 
     def keep_models(self) -> None:
-        """Reads the models of a small tensor once for all passes over them, unless it has."""
-        if self.kept is not None or len(self.models) * self.step.elements > KEPT_MODELS:
+        """Reads the base and the models of a small tensor once for all passes over them, unless it has."""
+        anchored = self.base is not None and self.base.info is not None
+        count = len(self.models) + anchored
+        if self.kept is not None or count * self.step.elements > KEPT_MODELS:
             return
-        whole = self.space.stack("kept", len(self.models), self.step.elements, self.dtype)
+        whole = self.space.stack("kept", count, self.step.elements, self.dtype)
         for start, stop in cuts(self.step, "element"):
-            whole[:, start:stop] = self.read_models(start, stop, self.read_base(start, stop))
-        self.kept = whole
+            base = self.read_base(start, stop)
+            whole[: len(self.models), start:stop] = self.read_models(start, stop, base)
+            if base is not None:
+                whole[-1, start:stop] = base
+        self.kept, self.kept_base = whole[: len(self.models)], whole[-1] if anchored else None
 
     def _open(self, part: Input, sources: tuple[Named, ...]) -> Feed:
         """A model's feed; an adapter that rescales its base's channels (DoRA) is bound to the step's base."""
@@ -184,6 +190,8 @@ class Reader:
         """Elements of the base [n], or None where the step needs none."""
         if self.base is None or self.base.info is None:
             return None
+        if self.kept_base is not None:
+            return self.kept_base[start:stop]
         out = self.space.take("base", stop - start, self.dtype)
         self.base.numbers(start, stop, self._buffer(stop - start), out)
         return out

@@ -121,7 +121,7 @@ THIN = 6
 """An estimate of the matrices, a weight long and the directions wide, that are held to factorise a delta."""
 
 KEPT_MODELS = 1 << 22
-"""Values of all models together, up to which they stay in memory for the passes of their signals and the merge."""
+"""Values of base and models together, up to which they stay in memory for the passes of signals and the merge."""
 
 TEMPORARIES = 8
 """An estimate of the block-sized arrays, for each input, that a method's torch function makes on its way."""
@@ -138,8 +138,8 @@ def scratch(step: Step) -> int:
 
 
 def _kept(step: Step) -> int:
-    """Bytes of the models whose signals are taken, where these are few enough to stay in memory."""
-    values = len(step.models) * step.elements
+    """Bytes of the base and of models whose signals are taken, where these are few enough to stay in memory."""
+    values = (len(step.models) + (step.base is not None)) * step.elements
     looks = bool(step.method) and "signals" in methods.get(step.method).reads and values <= KEPT_MODELS
     return values * ITEMSIZE[step.compute] if looks else 0
 
