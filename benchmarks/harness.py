@@ -174,10 +174,12 @@ def _high_water(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
 
 
-def seconds_in_turn(works: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of this process for each work in each round: all in turn, after once without counting."""
+def seconds_in_turn(
+    works: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True
+) -> dict[str, list[float]]:
+    """CPU seconds of this process for each work in each round, all in turn; `warm`: after once without counting."""
     spent: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(rounds + 1):
+    for turn in range(0 if warm else 1, rounds + 1):
         for name, work in works.items():
             started = time.process_time()
             work()

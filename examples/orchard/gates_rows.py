@@ -125,6 +125,15 @@ OTHERS = (
     Row("AdaMerging", {"method": "task_arithmetic"}, gates="adamerging"),
     seen("RegMean++", "regmean_plus"),
 )
+AS_THEY_COME = (
+    Row("NaN", {"method": "task_arithmetic", "knobs": {"weight": {"from": "nan"}}}),
+    Row("MetaGPT", {"method": "task_arithmetic", "knobs": {"weight": {"from": "metagpt"}}}),
+    Row("KnOTS", {"method": "knots"}),
+    Row("RobustMerge, products", {"method": "robustmerge", "knobs": {"of": "product"}}),
+    Row("opt_merge", {"method": "opt_merge"}),
+    Row("Iso-CTS", {"method": "iso_cts"}),
+    Row("task arithmetic, SVC", {"method": "task_arithmetic", "finish": ["svc"]}),
+)
 OURS = (
     Row("graft, solved convex", {"method": "graft_convex"}, gates="solve"),
     Row("graft, solved convex, squashed", {"method": "graft"}, gates="solve"),
@@ -165,7 +174,7 @@ SCENARIOS = (
     Scenario(
         "four",
         (MATH, CODE, MEDICINE, LANGUAGES),
-        rows=(*BASELINES, *LOOKING, FISHER, *OURS, *OTHERS[:3], *MAIN, *SIZES, *OTHERS[3:], *FOLD),
+        rows=(*BASELINES, *LOOKING, FISHER, *OURS, *OTHERS[:3], *MAIN, *SIZES, *OTHERS[3:], *AS_THEY_COME, *FOLD),
     ),
     Scenario("full math-medicine", (MATH, MEDICINE), ".cache/orchard/{}-full", FINAL),
     Scenario("math-languages", (MATH, LANGUAGES), rows=(*FINAL, *PAPERS, *PHI, *SWEEPS)),
