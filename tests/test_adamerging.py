@@ -137,6 +137,22 @@ def test_the_command_writes_a_recipe_that_merges(tmp_path, scope):
         adamerging(place / "recipe.yaml", out, data=[place / "one.jsonl", place / "two.jsonl"])
 
 
+def test_adapters_leave_most_tensors_alone_and_the_recipe_merges(tmp_path):
+    from graftkit import merge
+
+    place, out = family(tmp_path), tmp_path / "out"
+    told = yaml.safe_load((place / "recipe.yaml").read_text()) | {
+        "models": [{"model": "adapter"}, {"model": "adapter"}]
+    }
+    (place / "recipe.yaml").write_text(yaml.safe_dump(told))
+    data = [place / "one.jsonl", place / "two.jsonl"]
+    made = adamerging(place / "recipe.yaml", out, data=data, settings=Settings(steps=2))
+    assert len(made.coefficients) == 4
+    assert {"embed_tokens", "q_proj"} <= {
+        told["name"].split(".")[-2] for told in merge(out / "recipe.yaml", tmp_path / "m")["tensors"]
+    }
+
+
 def test_other_merges_are_refused(tmp_path):
     place = family(tmp_path)
     data = [place / "one.jsonl", place / "two.jsonl"]

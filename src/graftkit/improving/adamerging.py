@@ -249,9 +249,11 @@ def _write(recipe: Recipe, out: Path, found: Mapping[str, list[float]], seen: An
     weighted = recipe.model_copy(
         update={"models": entries, "knobs": {**recipe.knobs, "weight": {"from": COEFFICIENTS}}}
     )
+    untouched = {"values": [settings.start] * len(entries)}  # of tensors that no model changes
+    coefficients = yaml.safe_dump(untouched | {"tensors": dict(found)}, sort_keys=False)
     try:
         out.mkdir(parents=True)
-        (out / COEFFICIENTS).write_text(yaml.safe_dump({"tensors": dict(found)}, sort_keys=False), encoding="utf-8")
+        (out / COEFFICIENTS).write_text(coefficients, encoding="utf-8")
         (out / RECORD).write_text(dumps(told, indent=1), encoding="utf-8")
         (out / RECIPE).write_text(moved(weighted, out).to_yaml(), encoding="utf-8")
     except OSError as error:
