@@ -67,7 +67,7 @@ def test_values_are_those_of_a_merge_that_is_loaded(tmp_path, kept, dtype):
 )  # fmt: skip
 def test_adapters_alone_and_beside_a_checkpoint(tmp_path, kept, method, knobs):
     base, tuned, _ = tiny.family(tmp_path, dtype=WIDE[kept])
-    one, two = (tiny.adapter(tmp_path / f"a{seed}", seed, rank=seed + 2) for seed in (1, 2))
+    one, two = (tiny.adapter(tmp_path / f"a{rank}", seed, rank=rank) for seed, rank in ((1, 8), (2, 3)))
     weighted = method != "slerp"
     for k, pair in enumerate([(one, two), (one, tuned)]):
         models = [

@@ -119,25 +119,29 @@ def add_products(left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
     rows, most = left.shape[0] - left.shape[0] % 4, right.shape[0] - right.shape[0] % 4
     for i in range(0, rows, 4):
         for k in range(0, most, 4):
-            _add_tile(left, right, i, k, out)
+            add_tile(left, right, i, k, 0, out.shape[1], out[i : i + 4])
         for k in range(most, right.shape[0]):
             for row in range(i, i + 4):
-                _add_scaled(left[row, k], right[k], out[row])
+                add_scaled(left[row, k], right[k], out[row])
     for row in range(rows, left.shape[0]):
         for k in range(right.shape[0]):
-            _add_scaled(left[row, k], right[k], out[row])
+            add_scaled(left[row, k], right[k], out[row])
 
 
 @compiled
-def _add_tile(left, right, i, k, out):  # type: ignore[no-untyped-def]
-    """Four rows and four directions: sixteen products for eight numbers that are read."""
+def add_tile(left: np.ndarray, right: np.ndarray, i: int, k: int, first: int, n: int, out: np.ndarray) -> None:
+    """Four rows from `i` on and four directions from `k` on: sixteen products for eight numbers that are read.
+
+    The head of `out` [4, columns] takes `n` columns from `first` on.
+    """
     p0, p1, p2, p3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
     q0, q1, q2, q3 = left[i + 1, k], left[i + 1, k + 1], left[i + 1, k + 2], left[i + 1, k + 3]
     s0, s1, s2, s3 = left[i + 2, k], left[i + 2, k + 1], left[i + 2, k + 2], left[i + 2, k + 3]
     t0, t1, t2, t3 = left[i + 3, k], left[i + 3, k + 1], left[i + 3, k + 2], left[i + 3, k + 3]
-    a, b, c, d = out[i], out[i + 1], out[i + 2], out[i + 3]
-    for j in range(a.size):
-        r0, r1, r2, r3 = right[k, j], right[k + 1, j], right[k + 2, j], right[k + 3, j]
+    a, b, c, d, last = out[0], out[1], out[2], out[3], first + n
+    e, f, g, h = right[k, first:last], right[k + 1, first:last], right[k + 2, first:last], right[k + 3, first:last]
+    for j in range(n):
+        r0, r1, r2, r3 = e[j], f[j], g[j], h[j]
         a[j] = (((a[j] + p0 * r0) + p1 * r1) + p2 * r2) + p3 * r3
         b[j] = (((b[j] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3
         c[j] = (((c[j] + s0 * r0) + s1 * r1) + s2 * r2) + s3 * r3
@@ -145,7 +149,8 @@ def _add_tile(left, right, i, k, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _add_scaled(factor, direction, row):  # type: ignore[no-untyped-def]
+def add_scaled(factor: float, direction: np.ndarray, row: np.ndarray) -> None:
+    """Adds a multiple of a direction to a row."""
     for j in range(row.size):
         row[j] += factor * direction[j]
 

@@ -15,7 +15,7 @@ from graftkit.checkpoints import storage
 from graftkit.checkpoints.adapters import LowRank
 from graftkit.execution.blocks import Feed, Reader, Workspace
 from graftkit.execution.resident import ResidentCheckpoint
-from graftkit.execution.tiles import ROWS, Rule, elected, merge_rows, weighted
+from graftkit.execution.tiles import ROWS, Rule, elected, merge_rows, sum_rows, weighted
 from graftkit.methods import Method
 from graftkit.recipes.steps import Step
 
@@ -65,14 +65,16 @@ class Direct:
         return all(self._block(start, stop, target[start:stop], space) for start, stop in ends)
 
     def _block(self, start: int, stop: int, target: np.ndarray, space: Workspace) -> bool:
-        wide, adapters = target.dtype == np.float32, int((self.factors.ranks >= 0).sum())
+        wide, short = target.dtype == np.float32, self.step.dtype == "BF16"
         out = target if wide else space.take("single", target.size, np.float32)
-        near = space.stack("near", adapters * ROWS, self.factors.right.shape[1], self.rule.weights.dtype)
         base, stack = _singles(self.base[start:stop], space), self._stack(start, stop, space)
-        finite = merge_rows(
-            self.factors.rows(start, stop), self.factors.right, self.factors.ranks, base, stack, self.delta, start,
-            self.step.dtype == "BF16", near, out, *self.rule.values,
-        )  # fmt: skip
+        factors = self.factors.rows(start, stop), self.factors.right, self.factors.ranks
+        if self.delta and self.rule.plain:
+            finite = sum_rows(*factors, base, stack, short, out, self.rule.weights)
+        else:
+            adapters = int((self.factors.ranks >= 0).sum())
+            near = space.stack("near", adapters * ROWS, self.factors.right.shape[1], self.rule.weights.dtype)
+            finite = merge_rows(*factors, base, stack, self.delta, start, short, near, out, *self.rule.values)
         if not wide:
             storage.narrow_bfloat16(out.view(np.uint32), target)
         return bool(finite)

@@ -20,6 +20,7 @@ from graftkit.methods.kernels import elect_part, keep_below, philox_words
 
 ROWS = 4  # of a tile: those that a product forms together
 PART = 512  # elements of a row that the nearest cache holds for all models
+STRIP = 592  # and that it holds of the sums of a tile
 FULL, CARRY, SIGN = np.uint32(0x7F800000), np.uint32(0x00800000), np.uint32(0x80000000)  # as those of bfloat16
 ALL = 1 << 33  # above every random word
 
@@ -42,6 +43,11 @@ class Rule:
     weights: np.ndarray
     mean: bool = False
     scale: float = 1.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether all values are added up, as they are."""
+        return not self.votes.size and bool((self.cuts >= ALL).all())
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -84,6 +90,7 @@ def merge_rows(
     is scratch, and its precision is that of all arithmetic; `short` rounds the result to bfloat16.
     """
     rows, columns, finite = left.shape[0], out.size // left.shape[0], True
+    places = _places(ranks)
     values, words = np.empty((ranks.size, PART), near.dtype), np.empty(PART + 8, np.uint32)
     total, share, merged = np.empty(PART, near.dtype), np.empty(PART, near.dtype), np.empty(PART, near.dtype)
     for row in range(0, rows, ROWS):
@@ -94,7 +101,7 @@ def merge_rows(
                 n = min(PART, columns - first)
                 at = (row + i) * columns + first
                 own = base[at : at + n]
-                _gather(ranks, near, i, first, stack, at, own, delta, values, n)
+                _gather(ranks, places, near, i, first, stack, at, own, delta, values, n)
                 for t in range(ranks.size):
                     if cuts[t] < np.uint64(ALL):
                         _draw(values[t, :n], keys[t], np.uint64(start + at), cuts[t], gains[t], words)
@@ -104,6 +111,83 @@ def merge_rows(
                     _add_up(values, weights, merged[:n])
                 finite &= _settle(merged[:n], own, delta, short, out[at : at + n])
     return finite
+
+
+@compiled
+def sum_rows(
+    left: np.ndarray, right: np.ndarray, ranks: np.ndarray, base: np.ndarray, stack: np.ndarray, short: bool,
+    out: np.ndarray, weights: np.ndarray,
+) -> bool:  # fmt: skip
+    """As `merge_rows` for a weighted sum of all deltas as they are: a delta is added up as it is made."""
+    rows, columns, finite = left.shape[0], out.size // left.shape[0], True
+    near, merged = np.empty((ROWS, STRIP), weights.dtype), np.empty((ROWS, STRIP), weights.dtype)
+    for row in range(0, rows, ROWS):
+        high = min(ROWS, rows - row)
+        for first in range(0, columns, STRIP):
+            n = min(STRIP, columns - first)
+            at, r, plain = row * columns + first, 0, 0
+            for t in range(ranks.size):
+                if ranks[t] >= 0:
+                    _add_product(left, right, row, high, r, ranks[t], first, n, weights[t], t == 0, near, merged)
+                    r += ranks[t]
+                else:
+                    for i in range(high):
+                        begin = at + i * columns
+                        own, whole = base[begin : begin + n], stack[plain, begin : begin + n]
+                        _add_difference(whole, own, weights[t], t == 0, merged[i, :n])
+                    plain += 1
+            for i in range(high):
+                begin = at + i * columns
+                finite &= _settle(merged[i, :n], base[begin : begin + n], True, short, out[begin : begin + n])
+    return finite
+
+
+@compiled
+def _add_product(left, right, row, high, r, rank, first, n, weight, fresh, near, merged):  # type: ignore[no-untyped-def]
+    """Adds a multiple of an adapter's delta to a strip of a tile; of whole tiles the last directions as they come."""
+    last = rank - 4 if high == ROWS and rank > 0 and rank % 4 == 0 else rank
+    for i in range(high):
+        near[i, :n] = 0
+        if fresh:
+            merged[i, :n] = -0.0  # to which every number is added unchanged
+    if last < rank:
+        for k in range(r, r + last, 4):
+            storage.add_tile(left, right, row, k, first, n, near)
+        _add_last(left, right, row, r + last, first, n, weight, near, merged)
+        return
+    for i in range(high):
+        for k in range(r, r + rank):
+            storage.add_scaled(left[row + i, k], right[k, first : first + n], near[i, :n])
+        _add(near[i, :n], weight, False, merged[i, :n])
+
+
+@compiled
+def _add_last(left, right, i, k, first, n, weight, near, merged):  # type: ignore[no-untyped-def]
+    """A product whose last four directions are missing, with them, times a weight: as `storage.add_tile`."""
+    p0, p1, p2, p3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
+    q0, q1, q2, q3 = left[i + 1, k], left[i + 1, k + 1], left[i + 1, k + 2], left[i + 1, k + 3]
+    s0, s1, s2, s3 = left[i + 2, k], left[i + 2, k + 1], left[i + 2, k + 2], left[i + 2, k + 3]
+    t0, t1, t2, t3 = left[i + 3, k], left[i + 3, k + 1], left[i + 3, k + 2], left[i + 3, k + 3]
+    a, b, c, d, last = near[0], near[1], near[2], near[3], first + n
+    e, f, g, h = merged[0], merged[1], merged[2], merged[3]
+    u0, u1, u2, u3 = right[k, first:last], right[k + 1, first:last], right[k + 2, first:last], right[k + 3, first:last]
+    for j in range(n):
+        r0, r1, r2, r3 = u0[j], u1[j], u2[j], u3[j]
+        e[j] += weight * ((((a[j] + p0 * r0) + p1 * r1) + p2 * r2) + p3 * r3)
+        f[j] += weight * ((((b[j] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3)
+        g[j] += weight * ((((c[j] + s0 * r0) + s1 * r1) + s2 * r2) + s3 * r3)
+        h[j] += weight * ((((d[j] + t0 * r0) + t1 * r1) + t2 * r2) + t3 * r3)
+
+
+@compiled
+def _places(ranks):  # type: ignore[no-untyped-def]
+    """Where each model's values lie: how many adapters, or how many plain tensors, come before it."""
+    counts, places = np.zeros(2, np.int64), np.empty(ranks.size, np.int64)
+    for t in range(ranks.size):
+        kind = 1 if ranks[t] >= 0 else 0
+        places[t] = counts[kind]
+        counts[kind] += 1
+    return places
 
 
 @compiled
@@ -119,16 +203,13 @@ def _form(left, right, ranks, near):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _gather(ranks, near, i, first, stack, at, own, delta, values, n):  # type: ignore[no-untyped-def]
+def _gather(ranks, places, near, i, first, stack, at, own, delta, values, n):  # type: ignore[no-untyped-def]
     """The models' values of a part of a row."""
-    adapters, plain = 0, 0
-    for t in range(ranks.size):
+    for t in range(ranks.size):  # a row is cut where it is used: of a slice of all rows none would be contiguous
         if ranks[t] >= 0:
-            _take(near[adapters * ROWS + i, first : first + n], own, delta, values[t, :n])
-            adapters += 1
+            _take(near[places[t] * ROWS + i, first : first + n], own, delta, values[t, :n])
         else:
-            _subtract(stack[plain, at : at + n], own, delta, values[t, :n])
-            plain += 1
+            _subtract(stack[places[t], at : at + n], own, delta, values[t, :n])
 
 
 @compiled
@@ -143,11 +224,12 @@ def _take(product, own, delta, values):  # type: ignore[no-untyped-def]
 
 @compiled
 def _subtract(whole, own, delta, values):  # type: ignore[no-untyped-def]
-    for j in range(values.size):
-        values[j] = whole[j]
     if delta:
         for j in range(values.size):
-            values[j] -= own[j]
+            values[j] = values.dtype.type(whole[j]) - values.dtype.type(own[j])
+    else:
+        for j in range(values.size):
+            values[j] = whole[j]
 
 
 @compiled
@@ -159,26 +241,44 @@ def _draw(values, key, start, cut, gain, words):  # type: ignore[no-untyped-def]
 
 @compiled
 def _add_up(values, weights, merged):  # type: ignore[no-untyped-def]
-    for j in range(merged.size):
-        merged[j] = weights[0] * values[0, j]
-    for t in range(1, weights.size):
+    for t in range(weights.size):
+        _add(values[t, : merged.size], weights[t], t == 0, merged)
+
+
+@compiled
+def _add(values, weight, fresh, merged):  # type: ignore[no-untyped-def]
+    if fresh:
         for j in range(merged.size):
-            merged[j] += weights[t] * values[t, j]
+            merged[j] = weight * values[j]
+    else:
+        for j in range(merged.size):
+            merged[j] += weight * values[j]
+
+
+@compiled
+def _add_difference(whole, own, weight, fresh, merged):  # type: ignore[no-untyped-def]
+    wide = merged.dtype.type
+    if fresh:
+        for j in range(merged.size):
+            merged[j] = weight * (wide(whole[j]) - wide(own[j]))
+    else:
+        for j in range(merged.size):
+            merged[j] += weight * (wide(whole[j]) - wide(own[j]))
 
 
 @compiled
 def _settle(merged, own, delta, short, out):  # type: ignore[no-untyped-def]
     """Adds the base to a delta and rounds once; whether all are finite."""
-    if delta:
-        for j in range(out.size):
-            merged[j] += own[j]
     if short:
-        bits = np.empty(PART, np.uint16)
-        round_bfloat16(merged, out, bits[: out.size])
-        return storage.widen_bfloat16(bits[: out.size], out) == 0
-    broken = np.uint32(0)
+        if delta:
+            for j in range(out.size):
+                merged[j] += own[j]
+        bits = np.empty(out.size, np.uint16)
+        round_bfloat16(merged, out, bits)
+        return storage.widen_bfloat16(bits, out) == 0
+    broken, wide = np.uint32(0), merged.dtype.type
     for j in range(out.size):
-        single = np.float32(merged[j])
+        single = np.float32(merged[j] + wide(own[j]) if delta else merged[j])
         out[j] = single
         full = np.uint32(single.view(np.uint32) & FULL)
         broken = np.uint32(broken | np.uint32(full + CARRY))
