@@ -206,6 +206,17 @@ def _all_finite(values):  # type: ignore[no-untyped-def]
 
 
 @compiled
+def copy_finite(bits: np.ndarray, out: np.ndarray) -> bool:
+    """Copies the bits of float32 numbers; whether all are finite."""
+    broken = np.uint32(0)
+    for i in range(out.size):
+        out[i] = bits[i]
+        full = np.uint32(bits[i] & np.uint32(0x7F800000))
+        broken = np.uint32(broken | np.uint32(full + np.uint32(0x00800000)))
+    return broken & np.uint32(0x80000000) == 0
+
+
+@compiled
 def narrow_bfloat16(bits: np.ndarray, out: np.ndarray) -> None:
     """The bits of float32 numbers to those of the nearest bfloat16, ties to even."""
     for i in range(out.size):

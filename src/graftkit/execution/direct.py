@@ -6,13 +6,15 @@ to disk and a load, and takes little longer than reading and writing once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.adapters import LowRank
+from graftkit.execution.apply import refusing
 from graftkit.execution.blocks import Feed, Reader, Workspace
 from graftkit.execution.resident import ResidentCheckpoint
 from graftkit.execution.tiles import ROWS, Rule, elected, merge_rows, sum_rows, weighted
@@ -108,9 +110,27 @@ def _widen(values: np.ndarray, out: np.ndarray) -> None:
 
 @dataclass
 class Directly:
-    """Finds steps that go straight; keeps the stacked factors, which no weight touches, by what a step reads."""
+    """Finds steps that go straight; keeps the stacked factors, which no weight touches, by what a step reads, and
+    weighted sums, of which only the weights are new the next time."""
 
     kept: dict[str, Factors] = field(default_factory=dict)
+    sums: dict[str, Direct] = field(default_factory=dict)
+    prints: list[str] = field(default_factory=list)
+
+    def begin(self, prints: list[str]) -> None:
+        """Told of the inputs' fingerprints before each merge: sums of others are forgotten."""
+        if prints != self.prints:
+            self.sums.clear()
+            self.prints = prints
+
+    def again(self, step: Step) -> Direct | None:
+        """A weighted sum of deltas that was made before, with the knobs of now."""
+        held = self.sums.get(step.key)
+        if held is None or replace(held.step, knobs=step.knobs) != step:
+            return None
+        method = methods.get(step.method)
+        factors = refusing(method, lambda: method.factors_of({}, step.knobs, len(step.models)))
+        return replace(held, step=step, rule=weighted(factors))
 
     def of(self, method: Method, given: dict[str, Any], reader: Reader, key: str) -> Direct | None:
         """The step of a reader, with the factors or the ballot in `given`; None where it is more, or where an input is
@@ -118,7 +138,7 @@ class Directly:
         step, base = reader.step, reader.base
         plain = not (step.prepare or step.finish or step.rows or step.directions) and step.dtype in ("F32", "BF16")
         feeds = (*([base] if base else []), *reader.models)
-        held = all(_is_held(feed) for feed in feeds) and (base is None or base.info is not None)
+        held = all(is_held(feed) for feed in feeds) and (base is None or base.info is not None)
         if not plain or not held or (method.returns_delta and base is None):
             return None
         rule = _rule(method, given, step)
@@ -126,13 +146,16 @@ class Directly:
         short = step.dtype == "BF16" and all(feed.info is not None and feed.info.dtype == "BF16" for feed in feeds)
         if rule is None or (short and not method.factors):
             return None  # bits of bfloat16 are voted on in a pass of their own, as in a merge to disk
-        own = _array(base) if base and (method.returns_delta or not tensors) else NOTHING
-        arrays = tuple(_array(feed) for feed in reader.models if feed.info is not None)
+        own = array_of(base) if base and (method.returns_delta or not tensors) else NOTHING
+        arrays = tuple(array_of(feed) for feed in reader.models if feed.info is not None)
         if short and method.returns_delta:  # one sum of base and models
             rest = np.concatenate([[1 - rule.weights.sum()], rule.weights])
             return Direct(step, weighted(rest), _flat(len(rest)), NOTHING, (own, *arrays), False)
         factors = _flat(len(arrays)) if tensors else self._stacked(reader, key)
-        return Direct(step, rule, factors, own, arrays, method.returns_delta)
+        made = Direct(step, rule, factors, own, arrays, method.returns_delta)
+        if method.factors and method.returns_delta and set(method.reads) <= {"base", "deltas"}:
+            self.sums[step.key] = made
+        return made
 
     def _stacked(self, reader: Reader, key: str) -> Factors:
         if key not in self.kept:
@@ -153,13 +176,15 @@ def _rule(method: Method, given: dict[str, Any], step: Step) -> Rule | None:
     return elected(given["ballot"], step.keys, storage.STORAGE[step.compute])
 
 
-def _is_held(feed: Feed) -> bool:
+def is_held(feed: Feed) -> bool:
+    """Whether all of an input is in memory: a tensor of a mapped file, or an adapter's factors."""
     if feed.info is None:
         return feed.delta is None or isinstance(feed.delta, LowRank)
     return isinstance(feed.source, ResidentCheckpoint) and feed.info.dtype in ("F32", "BF16")
 
 
-def _array(feed: Feed) -> np.ndarray:
+def array_of(feed: Feed) -> np.ndarray:
+    """A tensor as it lies in its mapped file, flat."""
     assert isinstance(feed.source, ResidentCheckpoint) and feed.info is not None
     return feed.source.array(feed.info)
 

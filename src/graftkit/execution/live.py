@@ -10,10 +10,11 @@
 
 `apply` writes every parameter from the base anew: nothing of what was applied before is left, and the values are those
 that `graft merge` and a load in the same dtype give, to the bit. Inputs are mapped once; adapters stay factors. Kept
-between applications are only statistics that weights do not touch (thresholds of a density, norms, dots), and factors
-twice, alone and side by side, in the precision of arithmetic. The module comes from transformers (with images:
-`AutoModelForImageTextToText`); which parameter a tensor on disk is, is checked once by comparing values. What is done
-to parameters in between, the next `apply` undoes: all are written every time.
+between applications are only statistics that weights do not touch (thresholds of a density, norms, dots), the plan,
+which stands where only weights are new, and factors twice, alone and side by side, in the precision of arithmetic. The
+module comes from transformers (with images: `AutoModelForImageTextToText`); which parameter a tensor on disk is, is
+checked once by comparing values. What is done to parameters in between, the next `apply` undoes: all are written every
+time.
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from graftkit.errors import GraftError, PlanError, unknown
 from graftkit.execution import local, module
 from graftkit.execution.live_steps import LiveSteps
 from graftkit.execution.resident import renamed, resident
+from graftkit.recipes import inputs
 from graftkit.recipes.plan import Plan, plan
 from graftkit.recipes.recipe import Recipe, load
+from graftkit.recipes.reweighting import reweighted
 from graftkit.recipes.steps import Step
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class Live:
     def __init__(self, planned: Plan, dtype: str, device: str, workers: int) -> None:
         self.recipe, self.dtype, self.device = planned.recipe, dtype, device
         self._sources: dict[tuple[Path, type], Source] = {}
+        self._planned = planned, inputs.signature(planned.sources)
         self._steps = LiveSteps(workers)
         self.plan = self._held(planned)
         self._form = _form_of(planned)
@@ -116,7 +120,7 @@ class Live:
         Raises as `plan` and `merge` do, and PlanError for a recipe whose output has other tensors than the module.
         After an error the model is unusable until the next success.
         """
-        planned = change if isinstance(change, Plan) else plan(self.variant(change))
+        planned = change if isinstance(change, Plan) else self._plan(self.variant(change))
         if _form_of(planned) != self._form:
             raise PlanError(
                 "recipe: its output has other tensors, rows or another configuration than the model that was opened; "
@@ -131,6 +135,14 @@ class Live:
                 if held:
                     held.close()
         return self.plan
+
+    def _plan(self, recipe: Recipe) -> Plan:
+        """The plan of a recipe: the one before, where only weights are new and no input has been written to."""
+        before, state = self._planned
+        same = state == inputs.signature(before.sources)
+        planned = (reweighted(before, recipe) if same else None) or plan(recipe)
+        self._planned = planned, inputs.signature(planned.sources)
+        return planned
 
     def _held(self, planned: Plan) -> Plan:
         """The plan on inputs that stay."""

@@ -6,6 +6,7 @@ What no weight changes (thresholds of a density, norms, dots) is found once and 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from graftkit.execution.apply import apply, numbers_of
 from graftkit.execution.blending import fused_of
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.casting import Tally, cast
-from graftkit.execution.direct import Directly
+from graftkit.execution.direct import Directly, array_of, is_held
 from graftkit.execution.finishing import Block, finished
 from graftkit.execution.module import tensor_of
 from graftkit.execution.preparing import opened
@@ -46,7 +47,8 @@ class LiveSteps:
     """Carries out plans, one after another, and remembers their statistics."""
 
     def __init__(self, workers: int) -> None:
-        self._local, self._pool = threading.local(), ThreadPoolExecutor(workers, thread_name_prefix="live")
+        self._local, self._workers = threading.local(), workers
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="live")
         self._statistics: dict[str, dict[str, Any]] = {}
         self._thresholds: dict[str, Threshold] = {}
         self._directly = Directly()
@@ -58,6 +60,7 @@ class LiveSteps:
     def carry_out(self, planned: Plan, target: Target) -> Plan:
         """Writes every step's result; returns the plan with numbers in place of rules."""
         planned = coefficients.resolved(planned, self._coefficients(planned))
+        self._directly.begin([named.fingerprint for named in planned.sources])
         known: dict[str, Threshold] = {}
         for group in reductions.groups_of(planned.steps):
             known[group.name] = self._threshold(group, planned, known)
@@ -73,14 +76,20 @@ class LiveSteps:
         return self._local.space  # type: ignore[no-any-return]
 
     def _each(self, work: Callable[[Step], Any], steps: Any) -> list[Any]:
-        """Does something for every step on all workers, the largest first; the first error is raised."""
-        futures = [self._pool.submit(work, step) for step in sorted(steps, key=lambda step: -step.elements)]
+        """Does something for every step on all workers, the largest first, in no order; the first error is raised."""
+        todo = iter(sorted(steps, key=lambda step: -step.elements))
+
+        def run() -> list[Any]:
+            try:
+                return [work(step) for step in todo]
+            finally:
+                deque(todo, 0)  # after an error nobody goes on
+
+        futures = [self._pool.submit(run) for _ in range(self._workers)]
         try:
-            return [future.result() for future in futures]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+            return [one for future in futures for one in future.result()]
+        finally:
+            deque(todo, 0)
 
     def _coefficients(self, planned: Plan) -> coefficients.Found:
         """The numbers of rules such as `{from: metagpt}`."""
@@ -132,11 +141,14 @@ class LiveSteps:
         place = Place(step, target)
         if not step.method:
             return _copy(step, planned, place, self._space)
+        again, view = self._directly.again(step), place.view
+        if again and view is not None and again.write(view, self._space):
+            return None
         method = methods.get(step.method)
         reader, _ = opened(step, planned.sources, self._space, known)
         found = {} if step.directions else self._found(step, planned, reader, known)
         key = repr((step.compute, _inputs(step, planned)))
-        direct, view = self._directly.of(method, found, reader, key), place.view
+        direct = self._directly.of(method, found, reader, key)
         if direct and view is not None and direct.write(view, self._space):
             return None
         here = adapters.on_core(planned, reader, "cpu") if step.directions else partial(_merged, reader, found)
@@ -208,7 +220,10 @@ def _copy(step: Step, planned: Plan, place: Place, space: Workspace) -> None:
     assert step.base is not None
     feed, *twins = (open_feed(part, planned.sources, np.float64) for part in (step.base, *step.models))
     assert feed.info is not None
-    dtype, tally = feed.info.dtype, Tally()
+    dtype, tally, view = feed.info.dtype, Tally(), place.view
+    if view is not None and view.dtype == np.float32 and dtype == step.dtype == "F32" and is_held(feed):
+        if storage.copy_finite(array_of(feed).view(np.uint32), view.view(np.uint32)):
+            return
     for start, stop in cuts(step):
         raw = feed.raw(start, stop, space.take("raw", (stop - start) * 8, np.uint8))
         if not storage.finite(raw, dtype):

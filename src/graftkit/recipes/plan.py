@@ -157,7 +157,7 @@ def plan(
     held = None if without_statistics else statistics.statistics_of(recipe, sources, base, entries, planned.steps)
     planned = replace(planned, statistics=held)
     planned = replace(planned, vocabulary=form.vocabulary, rows=form.rows, gates=read, backbone=form.backbone)
-    return replace(planned, hash=_hash(planned))
+    return replace(planned, hash=hash_of(planned))
 
 
 def _steps(recipe: Recipe, form: forms.Form) -> list[Step]:
@@ -228,7 +228,7 @@ def _content(step: Step) -> list[Any]:
     ]  # fmt: skip
 
 
-def _hash(made: Plan) -> str:
+def hash_of(made: Plan) -> str:
     """Names what will be done: version, recipe, inputs by content, and every step."""
     content = {
         "version": graftkit.__version__,
