@@ -56,7 +56,7 @@ class Live:
     def __init__(self, planned: Plan, dtype: str, device: str, workers: int) -> None:
         self.recipe, self.dtype, self.device = planned.recipe, dtype, device
         self._sources: dict[tuple[Path, type], Source] = {}
-        self._planned = planned, inputs.signature(planned.sources)
+        self._planned = {planned.recipe.method: (planned, inputs.signature(planned.sources))}
         self._steps = LiveSteps(workers)
         self.plan = self._held(planned)
         self._form = _form_of(planned)
@@ -137,11 +137,11 @@ class Live:
         return self.plan
 
     def _plan(self, recipe: Recipe) -> Plan:
-        """The plan of a recipe: the one before, where only weights are new and no input has been written to."""
-        before, state = self._planned
-        same = state == inputs.signature(before.sources)
-        planned = (reweighted(before, recipe) if same else None) or plan(recipe)
-        self._planned = planned, inputs.signature(planned.sources)
+        """The plan of a recipe: the method's last one, where only weights are new and no input has been written to."""
+        before, state = self._planned.get(recipe.method, (None, ""))
+        stands = before is not None and state == inputs.signature(before.sources)
+        planned = (reweighted(before, recipe) if before and stands else None) or plan(recipe)
+        self._planned[recipe.method] = planned, inputs.signature(planned.sources)
         return planned
 
     def _held(self, planned: Plan) -> Plan:
