@@ -29,7 +29,8 @@ def write_picture(held: Mapping[str, Any], place: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(10, 6.5))
     rows = [name for name in held["rows"] if name != "base" and not name.startswith("expert ")]
     placed: list[tuple[float, float]] = []
-    for name in sorted(rows, key=lambda name: -kept(held, name)[0]):
+    worse = [name for name in rows if kept(held, name)[0] < 0]
+    for name in sorted(set(rows) - set(worse), key=lambda name: (-kept(held, name)[0], name)):
         found, share = held["rows"][name], kept(held, name)
         low, high = interval(share[1:])
         size, colour = size_of(found) or NOTHING, COLOURS.get(name[:4], COLOURS.get(name[:5], "#777777"))
@@ -41,7 +42,8 @@ def write_picture(held: Mapping[str, Any], place: Path) -> None:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_xlim(NOTHING * 0.7, 30_000)
-    axes.set_xlabel("MB told of the examples: moments or gates (far left: nothing)")
+    left = f"; worse than the base, not drawn: {', '.join(worse)}" if worse else ""
+    axes.set_xlabel(f"MB told of the examples: moments or gates (far left: nothing){left}")
     axes.set_ylabel("share of the four experts' gains that is kept")
     axes.grid(alpha=0.25)
     figure.tight_layout()
