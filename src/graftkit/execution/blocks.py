@@ -138,10 +138,10 @@ class Reader:
         self.step, self.space = step, space
         self.dtype = storage.STORAGE[step.compute]
         self.base = open_feed(step.base, sources, self.dtype) if step.base else None
-        self.models = tuple(self._open(part, sources) for part in step.models)
         self.prepared: tuple[Preparation, ...] = ()
         self.kept: np.ndarray | None = None
         self.kept_base: np.ndarray | None = None
+        self.models = tuple(self._open(part, sources) for part in step.models)  # DoRA's read the base
 
     def then(self, preparation: Preparation) -> Reader:
         """The same inputs with one more preparation, after those that it has."""
