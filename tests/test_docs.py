@@ -30,8 +30,8 @@ each_method = pytest.mark.parametrize(("name", "method"), LISTED.items(), ids=LI
 
 
 def test_a_page_tells_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = pages.Measured("math, code", "TIES, density 0.2", 0.912, 0.85, 0.961, "statistics.md")
-    monkeypatch.setattr(pages, "ROWS", {"ties": (row,)})
+    row = pages.measured.Measured("math, code", "TIES, density 0.2", 0.912, 0.85, 0.961, "statistics.md")
+    monkeypatch.setattr(pages.measured, "rows", lambda: {"ties": (row,)})
     assert "| math, code | TIES, density 0.2 | 0.91 [0.85, 0.96] |" in pages.page(LISTED["ties"])
     assert "[how](../statistics.md)" in pages.page(LISTED["ties"])
     assert "## Measured" not in pages.page(LISTED["dare"]) + pages.page(LISTED["prepare.trim"])

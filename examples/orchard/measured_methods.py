@@ -2,14 +2,12 @@
 
     python examples/orchard/measured_methods.py && make pages
 
-Reads whatever rows gates_results.json and wudi_results.json hold; writes src/graftkit/cli/measured.py.
+Reads whatever rows gates_results.json and wudi_results.json hold; writes src/graftkit/cli/measured.json.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,25 +17,8 @@ from gates_scores import kept
 from graftkit.measuring.resampling import interval
 
 HERE = Path(__file__).resolve().parent
-TARGET = HERE.parents[1] / "src" / "graftkit" / "cli" / "measured.py"
+TARGET = HERE.parents[1] / "src" / "graftkit" / "cli" / "measured.json"
 GATES, WUDI = HERE / "gates_results.json", HERE / "wudi_results.json"
-HEAD = '''"""What methods kept of the orchard's experts' gains: made by `examples/orchard/measured_methods.py`."""
-
-from typing import NamedTuple
-
-
-class Measured(NamedTuple):
-    """A row: which experts, what it is called there, the share that it kept with its interval, and the page."""
-
-    experts: str
-    row: str
-    kept: float
-    low: float
-    high: float
-    page: str
-
-
-ROWS: dict[str, tuple[Measured, ...]] = '''
 
 
 def from_gates(held: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -79,10 +60,12 @@ def measured() -> dict[str, list[tuple[Any, ...]]]:
 
 
 def main() -> None:
-    """Writes them."""
-    lines = [f"{name!r}: ({', '.join(f'Measured{row}' for row in rows)},)" for name, rows in measured().items()]
-    TARGET.write_text(HEAD + "{" + ",\n".join(lines) + "}\n", encoding="utf-8")
-    subprocess.run([sys.executable, "-m", "ruff", "format", "--quiet", str(TARGET)], check=True)
+    """Writes them, a line for each row."""
+    methods = [
+        f"{json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n]"
+        for name, rows in measured().items()
+    ]
+    TARGET.write_text("{\n" + ",\n".join(methods) + "\n}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from graftkit.cli.measured import ROWS, Measured
+from graftkit.cli import measured
 from graftkit.errors import OutputError
 from graftkit.methods import Method, get, names
 from graftkit.methods.composition import Part, finishers, get_part, preparations
@@ -127,9 +127,9 @@ def page(method: Method) -> str:
 
 def _measured(name: str) -> str:
     """What the method kept of the experts' gains, where that was measured."""
-    if name not in ROWS:
+    rows = measured.rows().get(name, ())
+    if not rows:
         return ""
-    rows: tuple[Measured, ...] = ROWS[name]
     pages = dict.fromkeys(row.page for row in rows)
     lines = [f"| {row.experts} | {row.row} | {row.kept:.2f} [{row.low:.2f}, {row.high:.2f}] |" for row in rows]
     return "\n".join(

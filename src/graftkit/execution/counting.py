@@ -6,14 +6,14 @@ tensors are formed and counted in one compiled pass over the files' bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from graftkit.compiling import compiled
 from graftkit.execution.blending import bits_of, read_bits, scratch
-from graftkit.execution.blocks import Feed, Reader, cuts
+from graftkit.execution.blocks import Feed, Reader, Workspace, cuts
 from graftkit.execution.casting import PART
 from graftkit.execution.machine_code import Pass
 
@@ -39,41 +39,55 @@ class Window:
         return cls(shift, first.astype(np.int64), np.zeros(len(first), np.int64))
 
 
-def count(
-    reader: Reader,
-    window: Window,
-    read: Read = Reader.read_patterns,
-    blocks: Iterable[tuple[int, int]] | None = None,
-) -> np.ndarray:
+def count(reader: Reader, window: Window, read: Read = Reader.read_patterns) -> np.ndarray:
     """Per row how many of a step's entries lie above the window, and how many at each of its places; [rows, 1 + BINS].
-
-    `blocks`: those that are looked at, else all.
 
     NaN and infinity count as the largest; the pass that merges refuses them.
     """
     counts = np.zeros((len(window.first), 1 + BINS), np.int64)
-    feeds = delta_bits(reader) if read is Reader.read_patterns else None
-    for start, stop in cuts(reader.step) if blocks is None else blocks:
-        if feeds:
-            _count_bits(feeds, start, stop, reader, window, counts)
-            continue
-        for k, row in enumerate(read(reader, start, stop)):
-            place = (np.uint32(window.shift), np.int32(window.first[k]), np.int32(window.middle[k]))
-            _count_window(row, *place, counts[k])
+    for start, stop in cuts(reader.step):
+        _add(_entries(reader, start, stop, read), window, reader.space, counts)
     return counts
+
+
+def sample(reader: Reader, blocks: Sequence[tuple[int, int]]) -> Callable[[Window], np.ndarray]:
+    """As `count` of some blocks, which are read once; without what lies above, [rows, BINS]."""
+    held: np.ndarray | None = None
+    size, end = sum(stop - start for start, stop in blocks), 0
+    for start, stop in blocks:
+        entries = _entries(reader, start, stop, Reader.read_patterns)
+        held = reader.space.stack("sample", len(entries), size, entries.dtype.type) if held is None else held
+        held[:, end : end + stop - start] = entries
+        end += stop - start
+    assert held is not None, "a sample of no blocks"
+
+    def counted(window: Window) -> np.ndarray:
+        counts = np.zeros((len(window.first), 1 + BINS), np.int64)
+        _add(held, window, reader.space, counts)
+        return counts[:, 1:]
+
+    return counted
+
+
+def _entries(reader: Reader, start: int, stop: int, read: Read) -> np.ndarray:
+    """Patterns of some entries, uint32 [rows, n]; or the bits of base and models that they are between, uint16."""
+    feeds = delta_bits(reader) if read is Reader.read_patterns else None
+    return read_bits(feeds, start, stop, reader.space) if feeds else read(reader, start, stop)
+
+
+def _add(entries: np.ndarray, window: Window, space: Workspace, counts: np.ndarray) -> None:
+    """Adds what `_entries` gave to counts [rows, 1 + BINS]."""
+    if entries.dtype == np.uint16:
+        numbers = np.concatenate([[window.shift], window.first, window.middle]).astype(np.float64)
+        COUNT(entries, numbers, counts.reshape(-1), entries[0], numbers, *scratch(space, len(entries)))
+        return
+    for k, row in enumerate(entries):
+        _count_window(row, np.uint32(window.shift), np.int32(window.first[k]), np.int32(window.middle[k]), counts[k])
 
 
 def delta_bits(reader: Reader) -> tuple[Feed, ...] | None:
     """The base and the models of a step as plain bfloat16 tensors; None where some are not, or there is no base."""
     return bits_of(reader) if reader.base else None
-
-
-def _count_bits(
-    feeds: tuple[Feed, ...], start: int, stop: int, reader: Reader, window: Window, counts: np.ndarray
-) -> None:
-    raws = read_bits(feeds, start, stop, reader.space)
-    numbers = np.concatenate([[window.shift], window.first, window.middle]).astype(np.float64)
-    COUNT(raws, numbers, counts.reshape(-1), raws[0], numbers, *scratch(reader.space, len(feeds)))
 
 
 @compiled

@@ -20,7 +20,7 @@ import numpy as np
 from graftkit.compiling import reassociated
 from graftkit.execution import signals
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of
-from graftkit.execution.counting import BINS, Read, Window, count
+from graftkit.execution.counting import BINS, Read, Window, count, sample
 from graftkit.methods import Method
 from graftkit.methods.parts import band_ranks, deviation, kept_count, spread
 from graftkit.recipes.steps import Step
@@ -139,7 +139,7 @@ def _select_by_window(reader: Reader, wanted: np.ndarray) -> Selected | None:
     chosen = [blocks[k * (len(blocks) - 2) // (SAMPLE - 1)] for k in range(SAMPLE)]  # all but the last block are full
     size = sum(stop - start for start, stop in chosen)
     places = np.clip(wanted * size // reader.step.elements, 1, size)
-    sampled, _, _ = _select_by_radix(lambda window: count(reader, window, blocks=chosen)[:, 1:], places)
+    sampled, _, _ = _select_by_radix(sample(reader, chosen), places)
     middle = sampled.astype(np.int64)
     first = np.maximum(middle - BINS // 2, 0)
     found = count(reader, Window(0, first, middle - first))
