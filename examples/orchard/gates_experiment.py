@@ -31,7 +31,7 @@ import torch
 from experts import SOURCES
 from gates_measured import measured, placed
 from gates_page import write_page
-from gates_rows import BUDGETS, SCENARIOS, WIDER, Budget, Row, Scenario
+from gates_rows import BUDGETS, SCENARIOS, WIDER, WRITING, Budget, Row, Scenario
 from graftkit.data.tasks import Item, Task, load_task, sample
 from graftkit.execution.live import Live
 from graftkit.improving import adamerging
@@ -202,15 +202,17 @@ def references(bench: Bench, live: Live, skill: str | None) -> dict[str, Any]:
     return {"test": scores(live, own["test"]), "dev": losses(scores(live, own["dev"]))}
 
 
-def widen(bench: Bench, live: Live, rows: dict[str, Any], done: Callable[[str], None]) -> None:
-    """More items of what nobody was trained for, for a few rows."""
-    tasks = [sample(task, bench.budget.wider) for task in bench.general]
+def further(bench: Bench, live: Live, rows: dict[str, Any], done: Callable[[str], None]) -> None:
+    """For a few rows: more items of what nobody was trained for, and answers that are written."""
+    wide = [sample(task, bench.budget.wider) for task in bench.general]
+    written = [replace(load_task(HERE / "tasks" / f"{name}.yaml"), skill=name) for name in bench.scenario.written]
     nothing = Row("base", {"method": "task_arithmetic", "knobs": {"scale": 1e-30}})
-    for row in (nothing, *bench.scenario.rows):
-        if row.name in WIDER and row.name in rows and "wider" not in rows[row.name]:
-            live.apply(bench.recipe(changed(row, rows[row.name].get("chosen", {})), row.form))
-            rows[row.name]["wider"] = scores(live, tasks)
-            done(f"{row.name}, wider")
+    for part, names, tasks in (("wider", WIDER, wide), ("written", WRITING, written)):
+        for row in (nothing, *bench.scenario.rows):
+            if tasks and row.name in names and row.name in rows and part not in rows[row.name]:
+                live.apply(bench.recipe(changed(row, rows[row.name].get("chosen", {})), row.form))
+                rows[row.name][part] = scores(live, tasks)
+                done(f"{row.name}, {part}")
 
 
 def main() -> None:
@@ -246,7 +248,7 @@ def fill(bench: Bench, held: dict[str, Any], key: str, only: list[str] | None) -
             if row.name not in found["rows"]:
                 rows[row.name] = run(bench, live, row, bounds)
                 save(held, key, row.name)
-        widen(bench, live, rows, lambda name: save(held, key, name))
+        further(bench, live, rows, lambda name: save(held, key, name))
 
 
 def save(held: dict[str, Any], key: str, name: str) -> None:

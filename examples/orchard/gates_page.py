@@ -10,7 +10,7 @@ from gates_picture import PICTURE, write_picture
 from gates_rows import SCENARIOS
 from gates_scores import Share, drawn, gain, kept, told
 from gates_text import HEAD, WHY, sizes
-from gates_verdicts import claims, factors
+from gates_verdicts import OURS, claims, factors
 
 TUNED = ("average", "task arithmetic", "TIES", "DARE")
 
@@ -51,6 +51,7 @@ def lines(held: Mapping[str, Any]) -> Iterator[str]:
     yield from _learnt(rows)
     yield from claims(held, scores, [name for name in TUNED if name in scores])
     yield from factors(scores)
+    yield from _written(rows)
 
 
 def _general(found: Mapping[str, Any]) -> list[str]:
@@ -90,6 +91,29 @@ def _learnt(rows: Mapping[str, Any]) -> Iterator[str]:
         dev = " -> ".join(f"{value:.4f}" for value in own["dev"])
         cells = (f"{name}{sharp}", f"{own['phi']}, {own['learnt']}", own["steps"], dev, f"{change['mean']:.2g}", lies)
         yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _written(rows: Mapping[str, Any]) -> Iterator[str]:
+    """How many answers are right word by word, where they were generated."""
+    found = {name: drawn_all(own["written"]) for name, own in rows.items() if "written" in own}
+    if "base" not in found:
+        return
+    tasks = list(found["base"])
+    yield f"\nAnswers that were written, and are right as a whole, beside `{OURS}`'s (paired):\n"
+    yield f"| row | {' | '.join(f'{task} | minus {OURS}' for task in tasks)} |"
+    yield "|---" * (1 + 2 * len(tasks)) + "|"
+    for name in sorted(found, key=lambda name: -sum(own[0] for own in found[name].values())):
+        cells = [
+            f"{told(found[name][task])} | {told(found[name][task] - found[OURS][task]) if name != OURS else ''}"
+            for task in tasks
+            if OURS in found
+        ]
+        yield f"| {' | '.join([name, *cells])} |"
+
+
+def drawn_all(found: Mapping[str, Any]) -> dict[str, Share]:
+    """The metric of every task."""
+    return {task: drawn(found, task) for task in found}
 
 
 def _missing(scenarios: Sequence[Mapping[str, Any]]) -> Iterator[str]:

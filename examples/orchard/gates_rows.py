@@ -34,12 +34,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Experts that are merged: their skills, where the weights stand under the repository's root, and by what."""
+    """Experts that are merged: their skills, where the weights stand under the repository's root, and by what.
+
+    `written`: tasks whose answers are generated and compared whole, for the rows in WRITING.
+    """
 
     name: str
     skills: tuple[str, ...]
     place: str = "examples/orchard/adapters/{}"
     rows: tuple[Row, ...] = ()
+    written: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,12 +173,14 @@ MAIN = PAPERS[:3] + PAPERS[7:]  # the global gate alone, the local ones, both, a
 FINAL = (*BASELINES, REGMEAN, CORE, *SOLVED)
 
 WIDER = ("base", "core RegMean", "task arithmetic")
+WRITING = ("base", "average", "task arithmetic", "TIES", "DARE", "RegMean", "core RegMean")
 
 SCENARIOS = (
     Scenario(
         "four",
         (MATH, CODE, MEDICINE, LANGUAGES),
         rows=(*BASELINES, *LOOKING, FISHER, *OURS, *OTHERS[:3], *MAIN, *SIZES, *OTHERS[3:], *AS_THEY_COME, *FOLD),
+        written=("math_familiar", "languages_exact"),
     ),
     Scenario("full math-medicine", (MATH, MEDICINE), ".cache/orchard/{}-full", FINAL),
     Scenario("math-languages", (MATH, LANGUAGES), rows=(*FINAL, *PAPERS, *PHI, *SWEEPS)),
