@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -76,3 +78,54 @@ def test_a_live_merge_of_other_weights_is_that_of_a_fresh_one_and_sees_what_is_w
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
         tiny.save(family[1], tiny.weights(5, dtype=torch.bfloat16))
         assert live.apply(recipe(family, 0.4, 0.5)).hash == plan(recipe(family, 0.4, 0.5)).hash != fresh.hash
+
+
+def fresh_is_same(live, chosen):
+    made = live.apply(chosen)
+    with Live.open(chosen) as other:
+        assert other.apply(plan(chosen)).hash == made.hash
+        mine, theirs = live.model.state_dict(), other.model.state_dict()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("written", ["weights", "adapter", "scale"])
+def test_what_is_written_between_two_merges_is_in_the_second(tmp_path, method, written):
+    family = tiny.family(tmp_path, dtype=torch.float32)
+    models = family[0], tiny.adapter(tmp_path / "adapter", 1), family[2]
+    with Live.open(recipe(models, 0.4, 0.5, method=method)) as live:
+        fresh_is_same(live, recipe(models, 0.4, 0.5, method=method))
+        if written == "weights":
+            tiny.save(family[2], tiny.weights(5, dtype=torch.float32))
+        else:
+            tiny.adapter(models[1], 1 if written == "scale" else 7, lora_alpha=99 if written == "scale" else 8)
+        fresh_is_same(live, recipe(models, 0.3, 0.5, method=method))
+
+
+def test_a_file_of_densities_is_read_again(tmp_path):
+    family, file = tiny.family(tmp_path), tmp_path / "densities.yaml"
+    file.write_text("values: [0.3, 0.6]")
+    told = {"method": "ties", "knobs": {"density": {"from": str(file)}}}
+    with Live.open(recipe(family, 0.4, 0.5, **told)) as live:
+        fresh_is_same(live, recipe(family, 0.4, 0.5, **told))
+        file.write_text("values: [0.8, 0.1]")
+        fresh_is_same(live, recipe(family, 0.3, 0.5, **told))
+
+
+def test_a_model_that_is_gone_is_missed_only_by_who_names_it(tmp_path):
+    family = tiny.family(tmp_path)
+    other = tiny.save(tmp_path / "other", tiny.weights(3))
+    with Live.open(recipe(family, 0.4, 0.5)) as live:
+        live.apply()
+        shutil.rmtree(family[2])
+        fresh_is_same(live, recipe((*family[:2], other), 0.4, 0.5))
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs"])
+def test_thresholds_are_those_of_the_precision_in_which_deltas_are_made(tmp_path, method):
+    base = tiny.save(tmp_path / "base", tiny.weights(0, dtype=torch.float32))
+    family = base, *(tiny.adapter(tmp_path / f"a{rank}", rank, rank=rank) for rank in (3, 8))
+    told = {"method": method, "knobs": {"density": 0.3}}
+    with Live.open(recipe(family, 0.5, 0.5, **told)) as live:
+        fresh_is_same(live, recipe(family, 0.5, 0.5, **told))
+        fresh_is_same(live, recipe(family, 0.5, 0.5, output={"dtype": "bfloat16"}, **told))

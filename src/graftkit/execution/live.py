@@ -55,7 +55,7 @@ class Live:
 
     def __init__(self, planned: Plan, dtype: str, device: str, workers: int) -> None:
         self.recipe, self.dtype, self.device = planned.recipe, dtype, device
-        self._sources: dict[tuple[Path, type], Source] = {}
+        self._sources: dict[tuple[Path, type], tuple[Source, str]] = {}
         self._planned = {planned.recipe.method: (planned, inputs.signature(planned.sources))}
         self._steps = LiveSteps(workers)
         self.plan = self._held(planned)
@@ -93,7 +93,7 @@ class Live:
     def close(self) -> None:
         """Lets inputs and threads go; the model stays as it is."""
         self._steps.close()
-        for source in self._sources.values():
+        for source, _ in self._sources.values():
             source.close()
 
     @cached_property
@@ -139,20 +139,25 @@ class Live:
     def _plan(self, recipe: Recipe) -> Plan:
         """The plan of a recipe: the method's last one, where only weights are new and no input has been written to."""
         before, state = self._planned.get(recipe.method, (None, ""))
-        stands = before is not None and state == inputs.signature(before.sources)
-        planned = (reweighted(before, recipe) if before and stands else None) or plan(recipe)
+        planned = reweighted(before, recipe) if before else None
+        if planned is None or state != inputs.signature(planned.sources):
+            planned = plan(recipe)
         self._planned[recipe.method] = planned, inputs.signature(planned.sources)
         return planned
 
     def _held(self, planned: Plan) -> Plan:
-        """The plan on inputs that stay."""
+        """The plan on inputs that stay until they are written to, which makes all that was found of them void."""
         named = []
         for one in planned.sources:
             local.make_nested(one, {"workers": None})
-            key = one.source.directory.resolve(), type(one.source)
-            if key not in self._sources or one.source.kind == "view":
-                self._sources[key] = resident(one.source)
-            named.append(replace(one, source=renamed(self._sources[key], one.source)))
+            key, now = (one.source.directory.resolve(), type(one.source)), inputs.signature((one,))
+            held, before = self._sources.get(key, (None, now))
+            if now != before:
+                self._steps.forget()
+            if held is None or now != before or one.source.kind == "view":
+                held = resident(one.source)
+                self._sources[key] = held, now
+            named.append(replace(one, source=renamed(held, one.source)))
         return replace(planned, sources=tuple(named))
 
     def _like_directory(self) -> Path:

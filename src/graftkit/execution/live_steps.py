@@ -49,6 +49,10 @@ class LiveSteps:
     def __init__(self, workers: int) -> None:
         self._local, self._workers = threading.local(), workers
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="live")
+        self.forget()
+
+    def forget(self) -> None:
+        """Leaves nothing of what was found before, as is right where an input has been written to."""
         self._statistics: dict[str, dict[str, Any]] = {}
         self._thresholds: dict[str, Threshold] = {}
         self._directly = Directly()
@@ -147,8 +151,7 @@ class LiveSteps:
         method = methods.get(step.method)
         reader, _ = opened(step, planned.sources, self._space, known)
         found = {} if step.directions else self._found(step, planned, reader, known)
-        key = repr((step.compute, _inputs(step, planned)))
-        direct = self._directly.of(method, found, reader, key)
+        direct = self._directly.of(method, found, reader, repr(_inputs(step, planned)))
         if direct and view is not None and direct.write(view, self._space):
             return None
         here = adapters.on_core(planned, reader, "cpu") if step.directions else partial(_merged, reader, found)
@@ -165,8 +168,12 @@ class LiveSteps:
 
 
 def _inputs(step: Step, planned: Plan) -> Any:
-    """What a step reads, by content."""
-    return step.key, [(planned.sources[part.source].fingerprint, part) for part in (step.base, *step.models) if part]
+    """What a step reads, by content, and in which precision."""
+    return (
+        step.key,
+        step.compute,
+        [(planned.sources[part.source].fingerprint, part) for part in (step.base, *step.models) if part],
+    )
 
 
 def _prepared(step: Step, known: Mapping[str, Threshold], upto: int | None = None) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graftkit.checkpoints.absent import absent_base
-from graftkit.checkpoints.adapters import Adapter
+from graftkit.checkpoints.adapters import CONFIG, Adapter
 from graftkit.checkpoints.headers import ITEMSIZE, METADATA, TensorInfo, encode_header
 from graftkit.checkpoints.resolve import Source, cache_directory, directory_of, open_source, split_task
 from graftkit.checkpoints.sources import Checkpoint, full_hash
@@ -200,11 +200,12 @@ def _here_or_absent(sources: list[Named], adapters: list[Adapter], add: Callable
 
 
 def files_of(sources: tuple[Named, ...]) -> tuple[Path, ...]:
-    """Every file that a merge reads weights from, those of nested recipes included, symbolic links resolved."""
+    """Every file that a merge reads weights from, or their scale, those of nested recipes included, links resolved."""
     found: list[Path] = []
     for named in sources:
-        store = named.source.store if isinstance(named.source, Adapter) else named.source
-        found += files_of(named.nested.sources) if named.nested else [file.resolve() for file in store.files]
+        own = named.source
+        files = (*own.store.files, own.directory / CONFIG) if isinstance(own, Adapter) else own.files
+        found += files_of(named.nested.sources) if named.nested else [file.resolve() for file in files]
     return tuple(dict.fromkeys(found))
 
 

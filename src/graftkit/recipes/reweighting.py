@@ -39,9 +39,14 @@ def _are_plain(before: Plan, merged: Sequence[Step]) -> bool:
     """Whether one method merges all tensors, in one stage, by what the recipe says of it for all of them."""
     recipe, method = before.recipe, before.recipe.method
     one = all(step.method == method and not step.group for step in merged)
-    beside = recipe.rules or recipe.slices or before.gates or before.statistics
+    beside = recipe.rules or recipe.slices or before.gates or before.statistics or _reads_file(recipe)
     nested = any(named.nested for named in before.sources)
     return one and not beside and not nested and "weight" not in methods.get(method).lookups
+
+
+def _reads_file(recipe: Recipe) -> bool:
+    """Whether a knob's values stand in a file, which may have been written to."""
+    return any(isinstance(value, dict) and "from" in value for value in recipe.knobs.values())
 
 
 def _without_weights(recipe: Recipe) -> Any:
