@@ -153,6 +153,20 @@ def test_adapters_leave_most_tensors_alone_and_the_recipe_merges(tmp_path):
     }
 
 
+@pytest.mark.parametrize("knobs", [{"weight": 0.1}, {"weight": 0.1, "scale": 0.5}])
+def test_weights_of_rules_give_way_to_what_was_found(tmp_path, knobs):
+    place, out = family(tmp_path), tmp_path / "out"
+    told = yaml.safe_load((place / "recipe.yaml").read_text())
+    told["rules"] = [{"where": {"role": "attention"}, "knobs": knobs}]
+    (place / "recipe.yaml").write_text(yaml.safe_dump(told))
+    data = [place / "one.jsonl", place / "two.jsonl"]
+    made = adamerging(place / "recipe.yaml", out, data=data, settings=Settings(steps=2))
+    steps = {step.name: step.knobs for step in plan(out / "recipe.yaml").steps if step.method}
+    assert {name: list(own["weight"]) for name, own in steps.items()} == made.coefficients
+    scales = {own["scale"] for name, own in steps.items() if "attn" in name}
+    assert scales == {knobs.get("scale", told.get("knobs", {}).get("scale", 1.0))}
+
+
 def test_other_merges_are_refused(tmp_path):
     place = family(tmp_path)
     data = [place / "one.jsonl", place / "two.jsonl"]

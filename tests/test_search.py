@@ -48,7 +48,7 @@ def tried(name, score, space, budget, seed):
     return record
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMISERS if name not in ("random", "grid", "gp", "tasks")])
+@pytest.mark.parametrize("name", [name for name in OPTIMISERS if name not in ("random", "grid", "gp")])
 def test_an_optimiser_beats_chance_on_a_quadratic(name):
     rng = np.random.default_rng(7)
     centres = rng.uniform(0.2, 0.8, (20, 2))
@@ -70,105 +70,6 @@ def test_the_gaussian_process_beats_chance_by_far():
     best = [1 - max(tried("gp", lambda v: quadratic(v, centre), space, 14, seed).values()) for seed in (0, 1)]
     chance = [1 - max(tried("random", lambda v: quadratic(v, centre), space, 14, seed).values()) for seed in range(20)]
     assert np.mean(best) < 0.1 * np.mean(chance)
-
-
-def two_tasks(values):
-    """Shares of two tasks, as losses bend: each hangs mostly on a weight of its own, and the two are at odds."""
-    x, y = values
-    return 1.6 * x - 0.9 * x**2 - 0.3 * x * y - 0.2 * y**3, 1.4 * y - 0.8 * y**2 - 0.5 * x**2 * y
-
-
-def regrets(name, seed, budget, told):
-    space, record, tasks = plane(), {}, {}
-    best = max(sum(two_tasks((a, b))) / 2 for a in np.linspace(0, 1, 201) for b in np.linspace(0, 1, 201))
-    while len(record) < budget:
-        own = {"tasks": tasks, "weights": (0.5, 0.5), "known": told}
-        values = optimisers.ask(name, Asked(space, dict(record), len(record), seed, budget, **own))
-        tasks[values] = two_tasks(values)
-        record[values] = sum(tasks[values]) / 2
-    return best - np.maximum.accumulate(list(record.values()))
-
-
-def test_a_model_of_each_task_needs_half_the_trials_of_the_gaussian_process():
-    known = tuple((place, two_tasks(place)) for place in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
-    ours = [regrets("tasks", seed, 7, known)[-1] for seed in range(4)]
-    theirs = [regrets("gp", seed, 14, ())[-1] for seed in range(2)]
-    chance = [regrets("random", seed, 14, ())[-1] for seed in range(20)]
-    assert np.median(ours) < 1e-3 and np.median(ours) <= np.median(theirs) + 1e-4
-    assert np.mean(ours) < 0.05 * np.mean(chance)
-
-
-def test_a_model_of_each_task_does_with_the_score_alone():
-    centres = np.random.default_rng(7).uniform(0.2, 0.8, (4, 3))
-    for seed, centre in enumerate(centres):
-        found = tried("tasks", lambda v, centre=centre: quadratic(v, centre), plane(3), 16, seed)
-        assert 1 - max(found.values()) < 0.01
-        assert next(iter(found)) == (0.5, 0.5, 0.5)
-
-
-def test_the_model_is_a_gaussian_process():
-    """Against textbook formulas, for each of the hyperparameters that it keeps."""
-    from graftkit.improving.search_model import CONSTANT, fitted
-
-    rng = np.random.default_rng(3)
-    units, other = rng.random((7, 2)), rng.random((5, 2))
-    values = np.sin(3 * units[:, 0]) + units[:, 1]
-    process = fitted(units, values, rng)
-    means, variances = process.at(other)
-    for k, lengths in enumerate(process.lengths):
-
-        def covariance(one, two, lengths=lengths, quadratic=process.quadratic[k]):
-            gap = np.sqrt(5 * sum(((a - b) / length) ** 2 for a, b, length in zip(one, two, lengths, strict=True)))
-            a, b = 2 * one - 1, 2 * two - 1
-            terms = a @ b + sum(a[i] * a[j] * b[i] * b[j] for i in range(2) for j in range(i, 2))
-            return (1 + gap + gap**2 / 3) * np.exp(-gap) + CONSTANT + quadratic * terms
-
-        whole = process.factors[k] @ process.factors[k].T
-        bare = np.array([[covariance(one, two) for two in units] for one in units])
-        noise = np.diag(whole - bare)
-        assert np.allclose(whole - np.diag(noise), bare) and np.all((noise > 0) & (noise < 2e-3))
-        across = np.array([[covariance(one, two) for two in units] for one in other])
-        standard, inverse = (values - values.mean()) / values.std(), np.linalg.inv(whole)
-        assert means[k] == pytest.approx(values.mean() + values.std() * across @ inverse @ standard, abs=1e-5)
-        own = [covariance(one, one) for one in other] - np.einsum("ou,up,op->o", across, inverse, across)
-        scale = standard @ inverse @ standard / len(units) * values.std() ** 2
-        assert variances[k] == pytest.approx(scale * own, rel=1e-2, abs=1e-7)
-
-
-def test_expected_improvement_is_that_of_samples():
-    from graftkit.improving.search_model import fitted, improvement
-
-    rng = np.random.default_rng(0)
-    units, where = rng.random((5, 2)), rng.random((3, 2))
-    processes = [fitted(units, rng.random(5), rng) for _ in range(2)]
-    weights, total = np.array([0.3, 0.7]), np.zeros(3)
-    found = [process.at(where) for process in processes]
-    for k in range(len(found[0][0])):
-        drawn = sum(
-            w * (m[k] + np.sqrt(v[k]) * rng.standard_normal((200_000, 3)))
-            for w, (m, v) in zip(weights, found, strict=True)
-        )
-        total += np.maximum(drawn - 0.6, 0).mean(axis=0)
-    assert np.exp(improvement(processes, weights, where, 0.6)) == pytest.approx(total, rel=0.05, abs=1e-5)
-    far = improvement(processes, weights, where, 60.0)  # nothing is expected there, and yet there is an order
-    assert np.all(np.isfinite(far)) and np.all(far < -50)
-
-
-def test_what_is_known_without_a_trial():
-    from graftkit.improving.search_starts import known
-
-    shares = {"b": (0.0, 0.0), "x": (1.0, 0.1), "y": (-0.2, 1.0)}
-    section = {"weight": {"low": 0.5, "high": 1.5}}
-    found = known(space_of(load(RECIPE | {"search": section})), shares)
-    assert found == (((-0.5, -0.5), (0, 0)), ((0.5, -0.5), (1, 0.1)), ((-0.5, 0.5), (-0.2, 1)))
-    tied = {"weight": {"low": 0, "high": 1, "each": "one"}}
-    assert known(space_of(load(RECIPE | {"search": tied})), shares) == (((0.0,), (0, 0)),)
-    narrow = {"weight": {"low": 0.6, "high": 0.8}}
-    assert [values for _, values in known(space_of(load(RECIPE | {"search": narrow})), shares)] == []
-    for other in ({"method": "ties"}, {"prepare": [{"dare": {"density": 0.5}}]}, {"knobs": {"normalize": True}}):
-        assert known(space_of(load(RECIPE | {"search": section} | other)), shares) == ()
-    by_role = {"weight": {"low": 0, "high": 1, "roles": ["mlp"]}}
-    assert known(space_of(load(RECIPE | {"search": by_role})), shares) == ()
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMISERS if name != "gp"])
@@ -203,7 +104,7 @@ def test_several_workers_do_not_wait_for_each_other(name):
 
 def test_a_space_of_few_choices_does_not_hang():
     space = Space(load(RECIPE), (Axis("c", "c", values=("one", "two")), Axis("n", "n", 1, 3, whole=True)))
-    for name in ("pattern", "powell", "cma", "tasks"):
+    for name in ("pattern", "powell", "cma"):
         asked = [optimisers.ask(name, Asked(space, {("one", n): 0.0 for n in (1, 2, 3)}, k, 0)) for k in (3, 4)]
         assert all(values[0] in ("one", "two") and values[1] in (1, 2, 3) for values in asked)
 
@@ -313,7 +214,7 @@ def trials(out, name, budget):
     return [(kept.number, kept.values, kept.score) for kept in study.finished()]
 
 
-@pytest.mark.parametrize("name", ["pattern", "gp", "tasks"])
+@pytest.mark.parametrize("name", ["pattern", "gp"])
 def test_a_study_that_is_killed_ends_with_the_same_trials(tmp_path, name):
     budget = 11
     assert started(tmp_path / "whole", name, budget, 0).wait() == 0
@@ -403,7 +304,7 @@ def test_a_merge_that_explodes_does_not_end_a_search(tmp_path):
             raise NonFiniteError("too large")
         return Trial(recipe.knobs["a0"], {}, 0, 0)
 
-    for name in ("pattern", "gp", "tasks"):
+    for name in ("pattern", "gp"):
         study = Study(tmp_path / name, plane(), Settings(name, 14, 0), {})
         study.work(run)
         scores = [kept.score for kept in study.finished()]
@@ -471,25 +372,6 @@ def test_a_search_from_recipe_to_recipe(family, tmp_path):
     assert again.trials[:6] == found.trials and len(again.trials) == 8
     with pytest.raises(OutputError, match="another seed"):
         searched(family, out, budget=8, start="metagpt", seed=1)
-
-
-def test_a_search_by_tasks_knows_base_and_models(family, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setitem(OPTIMISERS, "tasks", lambda one, ask=OPTIMISERS["tasks"]: (asked.append(one), ask(one))[1])
-    data = [family / f"{name}.jsonl" for name in TEXTS]
-    options = {"optimizer": "tasks", "threads": 1, "weights": {"cats": 3.0}}
-    found = search(family / "recipe.yaml", data, tmp_path / "out", budget=3, **options)
-    places, shares = zip(*asked[-1].known, strict=True)
-    assert asked[-1].weights == (0.75, 0.25) and len(asked[-1].tasks) == 2
-    assert shares[0] == (0, 0) and (shares[1][0], shares[2][1]) == (1, 1)
-    axes = found.space.axes
-    assert places[1] == pytest.approx([(w - a.low) / (a.high - a.low) for w, a in zip((1, 0), axes, strict=True)])
-    for kept in found.trials[:2]:
-        assert np.dot(asked[-1].tasks[kept.values], (0.75, 0.25)) == pytest.approx(kept.score)
-    again = search(family / "recipe.yaml", data, tmp_path / "out", budget=4, **options)
-    assert again.trials[:3] == found.trials and asked[-1].known == asked[0].known
-    search(family / "recipe.yaml", data, tmp_path / "worst", budget=2, goal="worst", optimizer="tasks", threads=1)
-    assert asked[-1].weights == () and asked[-1].tasks == {}
 
 
 def test_gates_give_the_first_trial(family, tmp_path):

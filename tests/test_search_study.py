@@ -164,3 +164,51 @@ def test_grids_are_chosen_by_name_and_density():
     (one,) = search_grids.chosen(["math+code ties 0.3"])
     assert one.name == "math+code ties" and one.densities == (0.3,)
     assert tuple(search_grids.chosen([])) == search_grids.SCENARIOS
+
+
+def test_the_model_is_a_gaussian_process():
+    """Against textbook formulas, for each of the hyperparameters that it keeps."""
+    from search_tasks import CONSTANT, fitted
+
+    rng = np.random.default_rng(3)
+    units, other = rng.random((7, 2)), rng.random((5, 2))
+    values = np.sin(3 * units[:, 0]) + units[:, 1]
+    process = fitted(units, values, rng)
+    means, variances = process.at(other)
+    for k, lengths in enumerate(process.lengths):
+
+        def covariance(one, two, lengths=lengths, quadratic=process.quadratic[k]):
+            gap = np.sqrt(5 * sum(((a - b) / length) ** 2 for a, b, length in zip(one, two, lengths, strict=True)))
+            a, b = 2 * one - 1, 2 * two - 1
+            terms = a @ b + sum(a[i] * a[j] * b[i] * b[j] for i in range(2) for j in range(i, 2))
+            return (1 + gap + gap**2 / 3) * np.exp(-gap) + CONSTANT + quadratic * terms
+
+        whole = process.factors[k] @ process.factors[k].T
+        bare = np.array([[covariance(one, two) for two in units] for one in units])
+        noise = np.diag(whole - bare)
+        assert np.allclose(whole - np.diag(noise), bare) and np.all((noise > 0) & (noise < 2e-3))
+        across = np.array([[covariance(one, two) for two in units] for one in other])
+        standard, inverse = (values - values.mean()) / values.std(), np.linalg.inv(whole)
+        assert means[k] == pytest.approx(values.mean() + values.std() * across @ inverse @ standard, abs=1e-5)
+        own = [covariance(one, one) for one in other] - np.einsum("ou,up,op->o", across, inverse, across)
+        scale = standard @ inverse @ standard / len(units) * values.std() ** 2
+        assert variances[k] == pytest.approx(scale * own, rel=1e-2, abs=1e-7)
+
+
+def test_expected_improvement_is_that_of_samples():
+    from search_tasks import fitted, improvement
+
+    rng = np.random.default_rng(0)
+    units, where = rng.random((5, 2)), rng.random((3, 2))
+    processes = [fitted(units, rng.random(5), rng) for _ in range(2)]
+    weights, total = np.array([0.3, 0.7]), np.zeros(3)
+    found = [process.at(where) for process in processes]
+    for k in range(len(found[0][0])):
+        drawn = sum(
+            w * (m[k] + np.sqrt(v[k]) * rng.standard_normal((200_000, 3)))
+            for w, (m, v) in zip(weights, found, strict=True)
+        )
+        total += np.maximum(drawn - 0.6, 0).mean(axis=0)
+    assert np.exp(improvement(processes, weights, where, 0.6)) == pytest.approx(total, rel=0.05, abs=1e-5)
+    far = improvement(processes, weights, where, 60.0)  # nothing is expected there, and yet there is an order
+    assert np.all(np.isfinite(far)) and np.all(far < -50)

@@ -210,7 +210,10 @@ def further(bench: Bench, live: Live, rows: dict[str, Any], done: Callable[[str]
     for part, names, tasks in (("wider", WIDER, wide), ("written", WRITING, written)):
         for row in (nothing, *bench.scenario.rows):
             if tasks and row.name in names and row.name in rows and part not in rows[row.name]:
-                live.apply(bench.recipe(changed(row, rows[row.name].get("chosen", {})), row.form))
+                wanted = bench.recipe(changed(row, rows[row.name].get("chosen", {})), row.form, row.samples)
+                if row.form:  # another row may have measured the same kind in another way since
+                    measured(Recipe.model_validate(wanted), wanted["statistics"], row.samples or bench.budget.samples)
+                live.apply(wanted)
                 rows[row.name][part] = scores(live, tasks)
                 done(f"{row.name}, {part}")
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+import search_tasks
 from graftkit.improving import optimisers
 from graftkit.improving.optimisers import Asked
 from graftkit.improving.search_space import Axis, Space
 from graftkit.recipes.recipe import load
 from search_landscapes import Landscape, Surrogate
 
+OWN = "tasks"
 FOUND = 1e-5  # the regret at which nothing is left to find that the page would show
 
 
@@ -52,8 +54,8 @@ def run(surrogate: Surrogate, name: str, seed: int, budget: int) -> list[list[fl
     box, tried = space(surrogate.of), []
     known = tuple((tuple(surrogate.of.units(np.array(place))), shares) for place, shares in surrogate.of.known)
     while len(tried) < budget:
-        told = {"tasks": tasks, "weights": (0.5, 0.5), "known": known}
-        values = optimisers.ask(name, Asked(box, record, len(tried), seed, budget, **told))
+        asked = Asked(box, record, len(tried), seed, budget)
+        values = search_tasks.ask(asked, tasks, (0.5, 0.5), known) if name == OWN else optimisers.ask(name, asked)
         tasks[values] = tuple(surrogate.shares([values])[0])
         record[values] = float(np.mean(tasks[values]))
         tried.append([round(float(value), 7) for value in values])

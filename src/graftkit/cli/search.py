@@ -25,7 +25,7 @@ def search(
     out: Annotated[Path, typer.Argument(help="A directory; the same command goes on in it.", show_default=False)],
     data: Files,
     test: Tests = [],  # noqa: B006 (typer's way)
-    optimizer: Annotated[str, typer.Option(help="gp, tasks, sobol, random, grid, cma, pattern or powell.")] = "gp",
+    optimizer: Annotated[str, typer.Option(help="gp, sobol, random, grid, cma, pattern or powell.")] = "gp",
     budget: Annotated[int, typer.Option(min=1, help="Trials.")] = 40,
     goal: Annotated[str, typer.Option(help="mean, worst, raw, or each for a Pareto front.")] = "mean",
     weight: Annotated[list[str], typer.Option(help="A task's weight in the mean.", metavar="TASK=NUMBER")] = [],  # noqa: B006

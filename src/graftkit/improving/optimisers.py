@@ -13,14 +13,13 @@ goes on as if it had not been, and several workers may share one. Chance is keye
 | `gp` | a Gaussian process, expected improvement, after a Sobol start | optuna |
 | `pattern` | Pattern Search, started anew where its step gets small | here |
 | `powell` | Powell's directions, started anew where they converge | scipy |
-| `tasks` | a Gaussian process for each task, expected improvement (`search_model`) | here |
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,11 +39,7 @@ PATIENCE = 20_000  # calls of a program that asks for nothing new, as in a space
 @dataclass(frozen=True)
 class Asked:
     """What an optimiser is told: the space, what was tried (values to scores, higher is better, one or several), what
-    others are trying, and where to begin.
-
-    For `tasks`: the scores by task, which amount to a trial's by `weights`, and those that are known without a trial,
-    at places in the unit cube or beyond it. Without weights it models the score.
-    """
+    others are trying, and where to begin."""
 
     space: Space
     record: Mapping[Point, float | tuple[float, ...]]
@@ -53,9 +48,6 @@ class Asked:
     budget: int = 40
     pending: frozenset[Point] = frozenset()
     starts: tuple[Point, ...] = ()
-    tasks: Mapping[Point, tuple[float, ...]] = field(default_factory=dict)
-    weights: tuple[float, ...] = ()
-    known: tuple[tuple[tuple[float, ...], tuple[float, ...]], ...] = ()
 
     @property
     def size(self) -> int:
@@ -215,37 +207,6 @@ def _gp(asked: Asked) -> Point:
     return _random(asked) if found in asked.pending else found
 
 
-def _tasks(asked: Asked) -> Point:
-    """The middle of the space, a Sobol sequence until there are two scores more than axes, then the model's best."""
-    from graftkit.improving.search_model import candidates
-
-    space = asked.space
-    done = {point: _parts(asked, point) for point, score in asked.record.items() if np.all(np.isfinite(score))}
-    if not asked.number:
-        return space.at([0.5] * asked.size)
-    if not done or len(done) + len(asked.known) < asked.size + 2:
-        return _sobol(asked)
-    scores = np.array(list(done.values()))
-    lost = [point for point in asked.record if point not in done]
-    others = sorted(asked.pending, key=repr)
-    places = [*map(space.place, [*done, *lost]), *(place for place, _ in asked.known), *map(space.place, others)]
-    rows = [*scores, *[scores.min(axis=0)] * len(lost), *(own for _, own in asked.known)]
-    rows += [scores.mean(axis=0)] * len(others)
-    weights = np.array(asked.weights or (1.0,))
-    for units in candidates(np.array(places), np.array(rows), weights, len(asked.record), asked.rng()):
-        found = space.at(units)
-        if found not in asked.record and found not in asked.pending:
-            return found
-    return _random(asked)
-
-
-def _parts(asked: Asked, point: Point) -> tuple[float, ...]:
-    """A trial's scores by task; where none are told its score alone."""
-    score = asked.record[point]
-    assert isinstance(score, float)
-    return asked.tasks[point] if asked.weights else (score,)
-
-
 def distributions(space: Space) -> dict[str, Any]:
     """The axes as Optuna's distributions."""
     import optuna.distributions as kinds
@@ -281,7 +242,6 @@ OPTIMISERS: dict[str, Callable[[Asked], Point]] = {
     "gp": _gp,
     "pattern": _program(_pattern),
     "powell": _program(_powell),
-    "tasks": _tasks,
 }
 
 
@@ -291,7 +251,7 @@ def check(name: str, objectives: Sequence[str] = ("score",)) -> None:
         raise GraftError("--optimizer: " + unknown("optimizer", name, OPTIMISERS))
     if len(objectives) > 1 and name not in SEVERAL:
         raise GraftError(f"--optimizer {name}: takes one objective, got {len(objectives)}; take {', '.join(SEVERAL)}")
-    for package, users in {"scipy": ("sobol", "gp", "pattern", "powell", "cma", "tasks"), "cmaes": ("cma",)}.items():
+    for package, users in {"scipy": ("sobol", "gp", "pattern", "powell", "cma"), "cmaes": ("cma",)}.items():
         if name in users:
             try:
                 __import__(package)

@@ -12,12 +12,10 @@ import hashlib
 import json
 import multiprocessing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import graftkit
 from graftkit.data.tasks import Task, load_tasks
@@ -26,8 +24,8 @@ from graftkit.execution.live import Live
 from graftkit.improving import optimisers
 from graftkit.improving.search_objective import Objective, Parts, Trial, check_goal
 from graftkit.improving.search_space import Space, space_of
-from graftkit.improving.search_starts import first, known
-from graftkit.improving.search_study import ByTask, Kept, Settings, Study
+from graftkit.improving.search_starts import first
+from graftkit.improving.search_study import Kept, Settings, Study
 from graftkit.recipes.recipe import Recipe, load
 
 BEST, RECORD, FRONT = "recipe.yaml", "search.json", "front"
@@ -132,16 +130,6 @@ class _Work:
         self.study = Study(wanted.out, self.space, settings, self.identity())
         if wanted.goal != "raw":
             self._calibrated(told)
-        if wanted.goal in ("mean", "raw"):
-            self.study.settings = replace(settings, by_task=self._by_task())
-
-    def _by_task(self) -> ByTask:
-        """How trials' scores come from tasks, and what those of base and models are."""
-        names = tuple(task.name for task in self.tasks)
-        weights = np.array([self.wanted.weights.get(name, 1.0) for name in names])
-        shares = {one: self.objective.shares(own) for one, own in self.objective.alone.items()}
-        found = {one: [own[name] for name in names] for one, own in shares.items()}
-        return ByTask(names, tuple(weights / weights.sum()), known(self.space, found))
 
     def __enter__(self) -> _Work:
         return self

@@ -1,8 +1,8 @@
-"""What is known before the first trial: weights by a rule without tuning or of gates, and scores without a merge."""
+"""What a search may begin with: weights by a rule without tuning, or of gates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,6 @@ from graftkit.recipes.gates import content
 from graftkit.recipes.recipe import load
 
 RULES = ("nan", "metagpt")
-REACH = (-1.0, 2.0)  # in the unit cube: what lies farther tells little about what is within
-
-Known = tuple[tuple[float, ...], tuple[float, ...]]
-"""A place in the unit cube or beyond it, and scores by task."""
 
 
 def first(given: str, live: Live, space: Space) -> tuple[Value, ...]:
@@ -75,31 +71,3 @@ def _check(gates: Gates, live: Live) -> None:
             f"--start: {gates.file} was made for other models than the recipe's {len(live.plan.recipe.models)}, or for "
             "these in another order; make it anew"
         )
-
-
-def known(space: Space, shares: Mapping[str, Sequence[float]]) -> tuple[Known, ...]:
-    """Where base and models stand among merges, with their scores by task; nothing where no weights give them back.
-
-    They do where a merge is a plain sum of weighted deltas and weights alone are searched.
-    """
-    recipe = space.recipe
-    names = [entry.model for entry in recipe.models]
-    parts = recipe.prepare or recipe.finish or recipe.rules or recipe.knobs.get("normalize")
-    plain = recipe.method == "task_arithmetic" and not parts and recipe.knobs.get("scale", 1) == 1
-    whole = all(axis.knob == "weight" and axis.point < 0 and not (axis.role or axis.log or axis.values)
-                for axis in space.axes)  # fmt: skip
-    if not plain or not whole or len(set(names)) < len(names):
-        return ()
-    placed = ((_place(space, [float(name == one) for name in names]), tuple(own)) for one, own in shares.items())
-    return tuple((place, own) for place, own in placed if place and all(REACH[0] <= p <= REACH[1] for p in place))
-
-
-def _place(space: Space, weights: Sequence[float]) -> tuple[float, ...]:
-    """The place of weights; nothing where an axis ties models whose weights differ."""
-    found = []
-    for axis in space.axes:
-        own = {weights[k] for k in axis.models} or set(weights)
-        if len(own) > 1:
-            return ()
-        found.append((own.pop() - axis.low) / (axis.high - axis.low))
-    return tuple(found)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,27 +23,12 @@ from graftkit.improving import optimisers
 from graftkit.improving.optimisers import Asked, Point
 from graftkit.improving.search_objective import Trial
 from graftkit.improving.search_space import Space
-from graftkit.improving.search_starts import Known
 from graftkit.recipes.recipe import Recipe
 
 NAME, JOURNAL, WORKERS = "search", "study.journal", "workers"
 
 Run = Callable[[Recipe, "Kept | None"], Trial]
 """Carries out a trial; it may be given up where it is clearly worse than the best so far."""
-
-
-@dataclass(frozen=True)
-class ByTask:
-    """The tasks whose scores by `weights` amount to a trial's, and what is known without one (see `Asked`)."""
-
-    names: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-    known: tuple[Known, ...] = ()
-
-    def of(self, done: Iterable[Kept]) -> dict[Point, tuple[float, ...]]:
-        """Trials' scores by task; not of a merge that exploded, which has none."""
-        told = {kept.values: kept.told["tasks"] for kept in done if self.names and kept.told["tasks"]}
-        return {values: tuple(own[name] for name in self.names) for values, own in told.items()}
 
 
 @dataclass(frozen=True)
@@ -55,7 +40,6 @@ class Settings:
     seed: int
     goals: tuple[str, ...] = ("score",)
     starts: tuple[Point, ...] = ()
-    by_task: ByTask = ByTask()
 
 
 @dataclass(frozen=True)
@@ -171,10 +155,9 @@ class Study:
         names = [axis.name for axis in self.space.axes]
         pending = [tuple(t.params[name] for name in names) for t in running if len(t.params) == len(names)]
         done, settings = self.finished(number), self.settings
-        own = settings.by_task
         asked = Asked(
             self.space, {kept.values: kept.score for kept in done}, number, settings.seed, settings.budget,
-            frozenset(pending), settings.starts, own.of(done), own.weights, own.known,
+            frozenset(pending), settings.starts,
         )  # fmt: skip
         return dict(zip(names, optimisers.ask(settings.optimizer, asked), strict=True))
 

@@ -1,4 +1,6 @@
-"""A model of what a search looks for: a Gaussian process for each task's score.
+"""An optimiser of our own, which the study found no better than `gp` and the package leaves out.
+
+A Gaussian process for each task's score, and expected improvement of their weighted sum.
 
 A task's score hangs mostly on its own model's weight and bends as its loss does, so each has a process of its own, with
 a quadratic as its mean. Lengths, the quadratic's variance and the noise are not fixed by their best values, which few
@@ -7,10 +9,13 @@ trials do not tell, but averaged over their posterior: draws from a prior, weigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from graftkit.improving import optimisers
+from graftkit.improving.optimisers import Asked, Point
 
 DRAWS, KEPT = 384, 12  # hyperparameters that are weighed, and those that predictions are averaged over
 LENGTH, SPREAD = 0.6, 0.8  # the prior of lengths in the unit cube: the median, and the deviation of the logarithm
@@ -19,6 +24,27 @@ NOISE = (1e-8, 1e-3)
 SCATTERED, NEAR = 512, ((0.1, 64), (0.03, 64), (0.01, 64))  # candidates in the cube, and about the best trial
 CLOSER = (0.05, 0.015, 0.004, 0.001)  # steps of further candidates about the best one, 48 each
 LEAST = 1e-12  # of a variance
+
+Known = Sequence[tuple[Sequence[float], Sequence[float]]]
+"""Places in the unit cube or beyond it, and scores by task: what is known without a trial."""
+
+
+def ask(asked: Asked, tasks: Mapping[Point, Sequence[float]], weights: Sequence[float], known: Known) -> Point:
+    """The middle of the space, a Sobol sequence until there are two scores more than axes, then the model's best.
+
+    `tasks`: the scores of every trial by task, which amount to its score by `weights`.
+    """
+    if not asked.number:
+        return asked.space.at([0.5] * asked.size)
+    if len(tasks) + len(known) < asked.size + 2:
+        return optimisers.ask("sobol", asked)
+    places = np.array([*map(asked.space.place, tasks), *(place for place, _ in known)])
+    rows = np.array([*tasks.values(), *(own for _, own in known)])
+    for units in candidates(places, rows, np.array(weights), len(tasks), asked.rng()):
+        found = asked.space.at(units)
+        if found not in tasks:
+            return found
+    return optimisers.ask("random", asked)
 
 
 @dataclass(frozen=True)
