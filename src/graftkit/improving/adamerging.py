@@ -244,12 +244,12 @@ def _write(recipe: Recipe, out: Path, found: Mapping[str, list[float]], seen: An
         "examples": [[{"task": task.name, "content": task.content} for task in own] for own in seen["tasks"]],
         "versions": {name: version(name) for name in ("graftkit", "torch", "transformers")},
     }
-    kept = [{name: value for name, value in entry.knobs.items() if name != "weight"} for entry in recipe.models]
-    entries = [ModelEntry(model=entry.model, **own) for entry, own in zip(recipe.models, kept, strict=True)]
-    weighted = recipe.model_copy(
-        update={"models": entries, "knobs": {**recipe.knobs, "weight": {"from": COEFFICIENTS}}}
-    )
-    untouched = {"values": [settings.start] * len(entries)}  # of tensors that no model changes
+    entries = [ModelEntry(model=entry.model, **_without_weight(entry.knobs)) for entry in recipe.models]
+    rules = [rule.model_copy(update={"knobs": _without_weight(rule.knobs)}) for rule in recipe.rules]
+    kept = [rule for rule in rules if rule.method or rule.knobs or rule.prepare is not None or rule.finish is not None]
+    knobs = {**recipe.knobs, "weight": {"from": COEFFICIENTS}}
+    weighted = recipe.model_copy(update={"models": entries, "rules": kept, "knobs": knobs})
+    untouched = {"values": [settings.start] * len(entries)}  # of tensors that no model changes: any number will do
     coefficients = yaml.safe_dump(untouched | {"tensors": dict(found)}, sort_keys=False)
     try:
         out.mkdir(parents=True)
@@ -259,3 +259,7 @@ def _write(recipe: Recipe, out: Path, found: Mapping[str, list[float]], seen: An
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
     return out / RECIPE
+
+
+def _without_weight(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in knobs.items() if name != "weight"}
