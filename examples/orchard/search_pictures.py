@@ -16,6 +16,7 @@ COLOURS = {
     "powell": "#2b4f7a", "gp": "#c2611f", "tasks": "#111111",
 }  # fmt: skip
 LEAST = 1e-5  # what a logarithmic axis shows of nothing
+ROW = 4  # panels beside each other
 
 
 def over_trials(made: Sequence[Runs], file: Path) -> None:
@@ -31,7 +32,8 @@ def over_trials(made: Sequence[Runs], file: Path) -> None:
             panel.plot(trials, middle, color=COLOURS.get(name, "black"), label=name)
             panel.fill_between(trials, low, high, color=COLOURS.get(name, "black"), alpha=0.1, linewidth=0)
         told = "two coefficients" if size == 2 else "two coefficients and the density"
-        panel.set(yscale="log", xlabel="trials", title=f"{told}: {len(own)} landscape{'s' * (len(own) > 1)}")
+        panel.title.set_size(9)
+        panel.set(yscale="log", xlabel="trials", title=f"{told}\n{len(own)} landscape{'s' * (len(own) > 1)}")
     panels[0].set(ylabel="regret, 1 at the worst point")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(file, dpi=110, metadata={"Software": None})
@@ -51,6 +53,7 @@ def on_other_items(checked: Sequence[tuple[Runs, Landscape]], file: Path) -> Non
             panel.plot(trials, middle, style, color=COLOURS[name], label=told)
             panel.fill_between(trials, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)
         panel.set(xlabel="trials", title=runs.surrogate.of.scenario, ylim=(0, None))
+        panel.title.set_size(9)
     panels[0].set(ylabel="regret of the best found")
     panels[-1].legend(frameon=False, fontsize=8)
     figure.savefig(file, dpi=110, metadata={"Software": None})
@@ -59,6 +62,9 @@ def on_other_items(checked: Sequence[tuple[Runs, Landscape]], file: Path) -> Non
 def _panels(count: int) -> tuple[Any, list[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(4.6, 3.4 * count), 3.6), layout="constrained")
-    panels: Any = figure.subplots(1, count, squeeze=False)
-    return figure, list(panels[0])
+    size = (max(4.6, 3.4 * min(count, ROW)), 3.6 * -(-count // ROW))
+    figure = Figure(figsize=size, layout="constrained")
+    panels: Any = figure.subplots(-(-count // ROW), min(count, ROW), squeeze=False)
+    for panel in panels.flat[count:]:
+        panel.remove()
+    return figure, list(panels.flat[:count])
