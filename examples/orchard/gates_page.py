@@ -119,10 +119,12 @@ def drawn_all(found: Mapping[str, Any]) -> dict[str, Share]:
 def _missing(scenarios: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """What the rows' file names and nobody has run."""
     held = {own["scenario"]: own["rows"] for own in scenarios}
-    for scenario in SCENARIOS:
-        names = [row.name for row in scenario.rows if row.name not in held.get(scenario.name, {})]
+    left = {s.name: [row.name for row in s.rows if row.name not in held.get(s.name, {})] for s in SCENARIOS}
+    if any(left.values()):
+        yield "Of the page's own rows these (of a scenario without a table: all):\n"
+    for name, names in left.items():
         if names:
-            yield f"- {scenario.name}: {'; '.join(names) if scenario.name in held else 'nothing'}"
+            yield f"- {name}: {'; '.join(names)}"
 
 
 def write_page(held: Mapping[str, Any], place: Path) -> None:

@@ -93,6 +93,5 @@ default. Of the two full experts, what lies outside of the measured directions a
 
 ## Not run
 
-The `full` budget; a second seed; a second base model. Of the page's own rows these were not run (of
-a scenario without a table: none was):
+The `full` budget; a second seed; a second base model.
 """
