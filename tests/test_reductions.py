@@ -1,5 +1,7 @@
 """Statistics made in blocks equal statistics of whole tensors; merges with model-scope statistics and plug-ins."""
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +13,9 @@ from safetensors.torch import load_file
 import graftkit
 import tiny
 from graftkit import methods
-from graftkit.execution import blocks
+from graftkit.execution import blocks, reductions
 from graftkit.execution.blocks import Reader, Workspace
+from graftkit.execution.counting import BINS, Window
 from graftkit.execution.reductions import inner_products, select
 from graftkit.methods import Range, method
 from graftkit.methods.parts import band_of, deviation, kept_count, threshold_of, variation_of
@@ -144,3 +147,20 @@ def test_weights_that_cancel_are_refused_in_the_plan(tmp_path: Path) -> None:
     models = [{"model": str(family[1]), "weight": 1}, {"model": str(family[2]), "weight": -1}]
     with pytest.raises(graftkit.GraftError, match="weights sum to zero"):
         graftkit.plan(recipe(family, method="average", models=models))
+
+
+def test_counts_of_many_tensors_are_added_as_they_come() -> None:
+    """A count takes half a megabyte for each model: those of all tensors are never held together."""
+    alive, most = set(), []
+
+    def spread(work: object, steps: list[int]) -> Iterator[np.ndarray]:
+        for step in steps:
+            made = np.ones((1, 1 + BINS), np.int64)
+            alive.add(step)
+            weakref.finalize(made, alive.remove, step)
+            most.append(len(alive))
+            yield made
+            del made
+
+    counted = reductions._over(range(9), lambda *_: None, Workspace(), spread)
+    assert (counted(Window.at(np.zeros(1))) == 9).all() and max(most) <= 3

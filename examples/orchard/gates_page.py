@@ -95,7 +95,11 @@ def _learnt(rows: Mapping[str, Any]) -> Iterator[str]:
 
 def _written(rows: Mapping[str, Any]) -> Iterator[str]:
     """How many answers are right word by word, where they were generated."""
-    found = {name: drawn_all(own["written"]) for name, own in rows.items() if "written" in own}
+    found = {
+        name: {task: drawn(own["written"], task) for task in own["written"]}
+        for name, own in rows.items()
+        if "written" in own
+    }
     if "base" not in found:
         return
     tasks = list(found["base"])
@@ -109,11 +113,6 @@ def _written(rows: Mapping[str, Any]) -> Iterator[str]:
             if OURS in found
         ]
         yield f"| {' | '.join([name, *cells])} |"
-
-
-def drawn_all(found: Mapping[str, Any]) -> dict[str, Share]:
-    """The metric of every task."""
-    return {task: drawn(found, task) for task in found}
 
 
 def _missing(scenarios: Sequence[Mapping[str, Any]]) -> Iterator[str]:

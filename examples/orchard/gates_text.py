@@ -46,8 +46,8 @@ every weight within 0.41 and 0.59 of two models, within 0.23 and 0.29 of four, w
 tables of trainings). Both gates together beat the average of two experts by 0.007, and are 0.002 below that of four.
 With `sharpness: 20`, which the paper does not have, the same 420 numbers of phi, trained alike, use the whole range
 from 0 to 1 and keep 0.957 of the pair's gains instead of 0.922: that one number is worth more than all else in the
-formula. Of the four it is worth nothing that can be told (0.603, the average 0.596): what three experts win by sharper
-gates code loses, all of it. Learnt with phi, the sharpness came to 2.7 and kept less than 1 does.
+formula. Of the four it is not told apart from 1 (0.603 and 0.593): what three experts win by sharper gates code
+loses, all of it. Learnt with phi, the sharpness came to 2.7 and kept less than 1 does.
 
 **The rest of the formula hardly matters.** On the pair, spectral norms instead of entropies, 20 bins, c 600, a 0.6
 and 8 examples instead of 30 move what is kept by 0.001 or less; 8 x 8 blocks take 0.001 away, the MLPs alone 0.001,

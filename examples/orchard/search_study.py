@@ -38,8 +38,7 @@ KNOWN_FIRST = tuple(f"{scenario} task_arithmetic" for scenario in
                     ("math+code", "neutral+language", "neutral+instruction", "neutral+arithmetic"))  # fmt: skip
 SMALL = 0.01  # the regret that counts as having found it
 LEFT_OUT = """Which of the two is ahead in the mean hangs on single landscapes (before sketch+arithmetic was
-measured it was 0.0094 against 0.0055), so it is not called better, and the package leaves it out: it is quicker where
-the landscape is a hill, which most are, and lost where the best lies at an edge or on a second hill."""
+measured it was 0.0094 against 0.0055), so it is not called better, and the package leaves it out."""
 Checked = Sequence[tuple[Runs, Landscape]]
 
 

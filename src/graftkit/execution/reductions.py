@@ -116,8 +116,8 @@ def _over(
     run: Spread = spread or (lambda work, todo: (work(step, space) for step in todo))
 
     def counted(window: Window) -> np.ndarray:
-        counts = list(run(lambda step, scratch: count(opening(step, scratch), window, read), steps))
-        return np.asarray(sum(counts))[:, 1:]
+        counts = run(lambda step, scratch: count(opening(step, scratch), window, read), steps)
+        return np.asarray(sum(counts))[:, 1:]  # one after another: those of all steps may not fit in memory
 
     return counted
 
