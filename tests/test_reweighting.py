@@ -88,6 +88,32 @@ def fresh_is_same(live, chosen):
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+ALIKE = {"knobs": {"density": 0.4}}
+SELECTIONS = [
+    ("ties", ALIKE), ("dare", ALIKE), ("ties", {"knobs": {"density": 0.4, "scope": "model"}}),
+    ("ties", {"knobs": {"density": 0.4, "weighted_election": True, "combine": "sum"}}),
+    ("dare", {"knobs": {"density": 0.4, "elect": "sign", "scale": 0.8}}), ("dare", {**ALIKE, "seed": 5}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "more"), SELECTIONS)
+@pytest.mark.parametrize("out", ["float32", "bfloat16"])
+def test_which_values_count_is_found_anew_where_more_than_weights_is_new(tmp_path, method, more, out):
+    base = tiny.save(tmp_path / "base", tiny.weights(0, dtype=torch.float32))
+    tuned = tiny.save(tmp_path / "tuned", tiny.weights(1, dtype=torch.float32))
+    family = base, tuned, tiny.adapter(tmp_path / "adapter", 1, rank=6)
+    told = {"output": {"dtype": out}, "method": method, **more}
+    others = [ALIKE, {"knobs": {"density": 0.7}}, {"knobs": {"density": 0.4, "scale": 0.5}}, {**ALIKE, "seed": 9}]
+    with Live.open(recipe(family, 0.4, 0.5, **told), workers=2) as live:
+        for weights in ((0.4, 0.5), (0.9, 0.1), (0.2, -0.6)):
+            fresh_is_same(live, recipe(family, *weights, **told))
+        fewer = {"rules": [{"where": {"role": "mlp"}, "method": "passthrough"}]}  # and other thresholds over the model
+        for other in (*others, fewer, {**ALIKE, "method": "dare"}, {**ALIKE, "method": "ties"}):
+            for weights in ((0.4, 0.5), (0.3, -0.5)):
+                fresh_is_same(live, recipe(family, *weights, **(told | other)))
+            fresh_is_same(live, recipe(family, 0.2, 0.6, **told))
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 @pytest.mark.parametrize("written", ["weights", "adapter", "scale"])
 def test_what_is_written_between_two_merges_is_in_the_second(tmp_path, method, written):

@@ -14,17 +14,38 @@ import numpy as np
 from graftkit import methods
 from graftkit.checkpoints import storage
 from graftkit.checkpoints.adapters import LowRank
-from graftkit.execution.apply import refusing
+from graftkit.execution.apply import numbers_of
 from graftkit.execution.blocks import Feed, Reader, Workspace
+from graftkit.execution.reductions import Threshold
 from graftkit.execution.resident import ResidentCheckpoint
-from graftkit.execution.tiles import ROWS, Rule, elected, merge_rows, sum_rows, weighted
+from graftkit.execution.tiles import (
+    MOST,
+    ROWS,
+    STRIP,
+    Rule,
+    bits_of,
+    elected,
+    mark_rows,
+    marks_for,
+    merge_rows,
+    weighted,
+)
 from graftkit.methods import Method
 from graftkit.recipes.steps import Step
 
-PART, WHOLE = 1 << 15, 1 << 24
+PART, WHOLE = 1 << 16, 1 << 24
 """Elements that are made together: where inputs or result pass through scratch, so many as the middle cache holds."""
 
 NOTHING = np.empty(0, np.float32)
+NO_MARKS = np.empty((0, 0, 0), np.uint64)
+
+Inputs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[np.ndarray, ...]]
+
+READ = {"base", "deltas", "rng", "threshold", "retained"}
+"""What a method may read beside its knobs that is the same the next time."""
+
+UNMEASURED = ("weight", "scale", "t", "take")
+"""Knobs on which no statistic depends."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,8 @@ class Factors:
 @dataclass(frozen=True)
 class Direct:
     """A step that goes straight into its parameter: a rule on the models' deltas, which `base` is then added to; or
-    where `delta` is False on their weights, of which an adapter's are those of `base` and what it adds."""
+    where `delta` is False on their weights, of which an adapter's are those of `base` and what it adds. `marks` tell
+    which values count, by the element that a block begins with."""
 
     step: Step
     rule: Rule
@@ -58,81 +80,93 @@ class Direct:
     base: np.ndarray
     plain: tuple[np.ndarray, ...]
     delta: bool
+    marks: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def by(self, rule: Rule, step: Step) -> Direct:
+        """The same inputs by another rule; marks stay where the same values count."""
+        return replace(self, step=step, rule=rule, marks=self.marks if self.rule.selects_as(rule) else {})
 
     def write(self, target: np.ndarray, space: Workspace) -> bool:
         """Fills a parameter, float32 or bits of bfloat16; False where an element is not finite."""
-        scratch = len(self.plain) > 1 or any(part.dtype != np.float32 for part in (target, self.base, *self.plain))
+        scratch = any(part.dtype != np.float32 for part in (target, self.base, *self.plain))
         size = self.factors.size(PART if scratch else WHOLE)
         ends = ((start, min(start + size, target.size)) for start in range(0, target.size, size))
         return all(self._block(start, stop, target[start:stop], space) for start, stop in ends)
 
     def _block(self, start: int, stop: int, target: np.ndarray, space: Workspace) -> bool:
-        wide, short = target.dtype == np.float32, self.step.dtype == "BF16"
+        wide, short = target.dtype == np.float32, self.step.dtype == "BF16" or None
         out = target if wide else space.take("single", target.size, np.float32)
-        base, stack = _singles(self.base[start:stop], space), self._stack(start, stop, space)
-        factors = self.factors.rows(start, stop), self.factors.right, self.factors.ranks
-        if self.delta and self.rule.plain:
-            finite = sum_rows(*factors, base, stack, short, out, self.rule.weights)
-        else:
-            adapters = int((self.factors.ranks >= 0).sum())
-            near = space.stack("near", adapters * ROWS, self.factors.right.shape[1], self.rule.weights.dtype)
-            finite = merge_rows(*factors, base, stack, self.delta, start, short, near, out, *self.rule.values)
+        base = _singles(self.base[start:stop], space, "base")
+        plain = tuple(_singles(part[start:stop], space, f"plain {t}") for t, part in enumerate(self.plain)) or (base,)
+        inputs = self.factors.rows(start, stop), self.factors.right, self.factors.ranks, base, plain
+        count = len(self.factors.ranks)
+        near = space.stack("near", count * ROWS, STRIP, self.rule.weights.dtype)
+        marks = NO_MARKS if self.rule.plain else self._marked(start, target.size, inputs, near)
+        headed = (self.delta and self.factors.ranks[0] < 0 and count <= MOST) or None
+        settings = headed, bits_of(count), marks, *self.rule.combination, short, out
+        finite = merge_rows(*inputs, self.delta or None, near, *settings)
         if not wide:
             storage.narrow_bfloat16(out.view(np.uint32), target)
         return bool(finite)
 
-    def _stack(self, start: int, stop: int, space: Workspace) -> np.ndarray:
-        """Elements of the plain tensors, float32 [plain, n]; a sole one as it lies in its file."""
-        if len(self.plain) == 1 and self.plain[0].dtype == np.float32:
-            return self.plain[0][None, start:stop]
-        stack = space.stack("plain", len(self.plain), stop - start, np.float32)
-        for part, row in zip(self.plain, stack, strict=True):
-            _widen(part[start:stop], row)
-        return stack
+    def _marked(self, start: int, size: int, inputs: Inputs, near: np.ndarray) -> np.ndarray:
+        """Which values of a block count."""
+        if start not in self.marks:
+            columns, count = self.factors.right.shape[1] or size, len(self.factors.ranks)
+            marks = marks_for(size // columns, columns, count)
+            mark_rows(*inputs, self.delta, near, start, columns, bits_of(count), marks, *self.rule.selection)
+            self.marks[start] = marks
+        return self.marks[start]
 
 
-def _singles(values: np.ndarray, space: Workspace) -> np.ndarray:
+def _singles(values: np.ndarray, space: Workspace, purpose: str) -> np.ndarray:
     """Numbers of a file as float32, as they are if they are that."""
     if values.dtype == np.float32:
         return values
-    out = space.take("below", values.size, np.float32)
-    _widen(values, out)
+    out = space.take(purpose, values.size, np.float32)
+    storage.widen_bfloat16(values, out)
     return out
 
 
-def _widen(values: np.ndarray, out: np.ndarray) -> None:
-    """Numbers of a file as float32, which holds them all."""
-    if values.dtype == np.float32:
-        np.copyto(out, values)
-    else:
-        storage.widen_bfloat16(values, out)
+@dataclass
+class Held:
+    """A step as it was made, by what the method read beside blocks, and under which threshold over the model."""
+
+    made: Direct
+    given: dict[str, Any]
+    threshold: Threshold | None
 
 
 @dataclass
 class Directly:
-    """Finds steps that go straight; keeps the stacked factors, which no weight touches, by what a step reads, and
-    weighted sums, of which only the weights are new the next time."""
+    """Finds steps that go straight; keeps the stacked factors, which no weight touches, by what a step reads, and the
+    steps themselves, of which mostly only weights are new the next time."""
 
     kept: dict[str, Factors] = field(default_factory=dict)
-    sums: dict[str, Direct] = field(default_factory=dict)
+    held: dict[str, Held] = field(default_factory=dict)
     prints: list[str] = field(default_factory=list)
 
     def begin(self, prints: list[str]) -> None:
-        """Told of the inputs' fingerprints before each merge: sums of others are forgotten."""
+        """Told of the inputs' fingerprints before each merge: steps of others are forgotten."""
         if prints != self.prints:
-            self.sums.clear()
+            self.held.clear()
             self.prints = prints
 
-    def again(self, step: Step) -> Direct | None:
-        """A weighted sum of deltas that was made before, with the knobs of now."""
-        held = self.sums.get(step.key)
-        if held is None or replace(held.step, knobs=step.knobs) != step:
+    def again(self, step: Step, threshold: Threshold | None) -> Direct | None:
+        """A step that was made before, under the same threshold, with the weights of now."""
+        held = self.held.get(step.key)
+        if held is None or held.threshold is not threshold or not _is_reweighted(held.made.step, step):
             return None
         method = methods.get(step.method)
-        factors = refusing(method, lambda: method.factors_of({}, step.knobs, len(step.models)))
-        return replace(held, step=step, rule=weighted(factors))
+        rule = _rule(method, held.given | numbers_of(method, held.given, step.knobs, len(step.models)), step)
+        if rule is None:
+            return None
+        held.made = held.made.by(rule, step)
+        return held.made
 
-    def of(self, method: Method, given: dict[str, Any], reader: Reader, key: str) -> Direct | None:
+    def of(
+        self, method: Method, given: dict[str, Any], reader: Reader, key: str, threshold: Threshold | None
+    ) -> Direct | None:
         """The step of a reader, with the factors or the ballot in `given`; None where it is more, or where an input is
         no plain resident tensor."""
         step, base = reader.step, reader.base
@@ -153,8 +187,8 @@ class Directly:
             return Direct(step, weighted(rest), _flat(len(rest)), NOTHING, (own, *arrays), False)
         factors = _flat(len(arrays)) if tensors else self._stacked(reader, key)
         made = Direct(step, rule, factors, own, arrays, method.returns_delta)
-        if method.factors and method.returns_delta and set(method.reads) <= {"base", "deltas"}:
-            self.sums[step.key] = made
+        if method.returns_delta and set(method.reads) <= READ:
+            self.held[step.key] = Held(made, given, threshold)
         return made
 
     def _stacked(self, reader: Reader, key: str) -> Factors:
@@ -174,6 +208,12 @@ def _rule(method: Method, given: dict[str, Any], step: Step) -> Rule | None:
     if not method.ballot or not method.kernel or step.knobs.get("normalize") or (given["retained"] != 1).any():
         return None
     return elected(given["ballot"], step.keys, storage.STORAGE[step.compute])
+
+
+def _is_reweighted(old: Step, new: Step) -> bool:
+    """Whether nothing but weights, and what else no statistic depends on, is new."""
+    fresh = {name: value for name, value in new.knobs.items() if name in UNMEASURED}
+    return replace(old, knobs={**old.knobs, **fresh}) == new
 
 
 def is_held(feed: Feed) -> bool:

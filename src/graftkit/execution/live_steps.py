@@ -25,7 +25,7 @@ from graftkit.execution.apply import apply, numbers_of
 from graftkit.execution.blending import fused_of
 from graftkit.execution.blocks import Reader, Workspace, block_shape, cuts, inputs_of, non_finite, open_feed
 from graftkit.execution.casting import Tally, cast
-from graftkit.execution.direct import Directly, array_of, is_held
+from graftkit.execution.direct import UNMEASURED, Directly, array_of, is_held
 from graftkit.execution.finishing import Block, finished
 from graftkit.execution.module import tensor_of
 from graftkit.execution.preparing import opened
@@ -35,9 +35,6 @@ from graftkit.recipes.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-UNMEASURED = ("weight", "scale", "t", "take")
-"""Knobs on which no statistic depends."""
 
 Target = Callable[[Step], "Tensor | None"]
 """The tensor that a step's result is written into, whole; None for one that has no place."""
@@ -145,13 +142,14 @@ class LiveSteps:
         place = Place(step, target)
         if not step.method:
             return _copy(step, planned, place, self._space)
-        again, view = self._directly.again(step), place.view
+        threshold = known.get(step.group)
+        again, view = self._directly.again(step, threshold), place.view
         if again and view is not None and again.write(view, self._space):
             return None
         method = methods.get(step.method)
         reader, _ = opened(step, planned.sources, self._space, known)
         found = {} if step.directions else self._found(step, planned, reader, known)
-        direct = self._directly.of(method, found, reader, repr(_inputs(step, planned)))
+        direct = self._directly.of(method, found, reader, repr(_inputs(step, planned)), threshold)
         if direct and view is not None and direct.write(view, self._space):
             return None
         here = adapters.on_core(planned, reader, "cpu") if step.directions else partial(_merged, reader, found)

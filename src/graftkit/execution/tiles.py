@@ -1,13 +1,16 @@
-"""Merges of adapters and plain tensors, a tile of four rows at a time, in the very order of a merge to disk.
+"""Merges of adapters and plain tensors, a strip of four rows at a time, in the very order of a merge to disk.
 
-A tile's deltas are formed, thinned out, voted on or added up, put on the base and rounded while they are in the nearer
-caches. Every number is made by the operations, in the order, and in the precision in which blocks have them made.
+A strip's deltas are formed, thinned out, added up, put on the base and rounded while they are in the nearest cache.
+Which values count (what is drawn, what outlasts trimming and agrees with the elected sign) is found by a pass of its
+own and kept as bits: in most merges that follow only weights are new, and they have no say in it. Every number is made
+by the operations, in the order, and in the precision in which blocks have them made.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,11 +19,11 @@ from graftkit.checkpoints import storage
 from graftkit.compiling import compiled
 from graftkit.execution.casting import round_bfloat16
 from graftkit.methods.ballots import Ballot
-from graftkit.methods.kernels import elect_part, keep_below, philox_words
+from graftkit.methods.kernels import elect_signs, keep_below, philox_words, trim_and_vote
 
 ROWS = 4  # of a tile: those that a product forms together
-PART = 512  # elements of a row that the nearest cache holds for all models
-STRIP = 592  # and that it holds of the sums of a tile
+STRIP = 576  # columns that are made together, a multiple of 64; a tile's products of one adapter are then 18 KB
+MOST = 8  # models: so many have bits of a byte, and are still laid out side by side by the compiler
 FULL, CARRY, SIGN = np.uint32(0x7F800000), np.uint32(0x00800000), np.uint32(0x80000000)  # as those of bfloat16
 ALL = 1 << 33  # above every random word
 
@@ -50,10 +53,31 @@ class Rule:
         return not self.votes.size and bool((self.cuts >= ALL).all())
 
     @property
-    def values(self) -> tuple[Any, ...]:
-        """What `merge_rows` takes last."""
-        scale = self.weights.dtype.type(self.scale)
-        return self.limits, self.cuts, self.keys, self.gains, self.votes, self.weights, self.mean, scale
+    def selection(self) -> tuple[np.ndarray, ...]:
+        """What decides which values count, as `mark_rows` takes it."""
+        return self.limits, self.cuts, self.keys, self.gains, self.votes
+
+    @cached_property
+    def combination(self) -> tuple[Any, ...]:
+        """What `merge_rows` takes of it."""
+        wide = self.weights.dtype.type
+        gains = None if self.plain else tuple(self.gains[-MOST:])
+        begin = wide(0 if self.votes.size else -0.0)  # to minus nothing every number is added unchanged
+        scale, early = wide(self.scale if self.votes.size else 1), slice(None, -MOST)
+        return (
+            self.weights[early],
+            self.gains[early],
+            begin,
+            gains,
+            tuple(self.weights[-MOST:]),
+            scale,
+            self.mean or None,
+        )
+
+    def selects_as(self, other: Rule) -> bool:
+        """Whether of the same inputs the same values count."""
+        pairs = zip(self.selection, other.selection, strict=True)
+        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
 
 
 def weighted(factors: np.ndarray) -> Rule:
@@ -76,150 +100,125 @@ def elected(ballot: Ballot, keys: tuple[int, ...], dtype: Any) -> Rule:
     return Rule(limits, np.array(cuts, np.uint64), streams, gains, votes, weights, ballot.mean, ballot.scale)
 
 
+def bits_of(count: int) -> int:
+    """How many bits an element takes in a byte for so many models: 1, 2, 4 or 8."""
+    return min(1 << (count - 1).bit_length(), MOST)
+
+
+def marks_for(rows: int, columns: int, count: int) -> np.ndarray:
+    """Room for the marks of so many models, [groups, rows, words]: first the last `MOST` models, then the earlier."""
+    groups = 1 + -(-max(count - MOST, 0) // MOST)
+    return np.empty((groups, rows, -(-columns * bits_of(count) // 64)), np.uint64)
+
+
 @compiled
-def merge_rows(
-    left: np.ndarray, right: np.ndarray, ranks: np.ndarray, base: np.ndarray, stack: np.ndarray, delta: bool,
-    start: int, short: bool, near: np.ndarray, out: np.ndarray, limits: np.ndarray, cuts: np.ndarray, keys: np.ndarray,
-    gains: np.ndarray, votes: np.ndarray, weights: np.ndarray, mean: bool, scale: float,
-) -> bool:  # fmt: skip
-    """Fills `out`, float32 [rows * columns] from element `start` of a tensor on; whether all of it is finite.
+def mark_rows(
+    left: np.ndarray, right: np.ndarray, ranks: np.ndarray, base: np.ndarray, plain: tuple[np.ndarray, ...],
+    delta: bool, near: np.ndarray, start: int, columns: int, bits: int, marks: np.ndarray, limits: np.ndarray,
+    cuts: np.ndarray, keys: np.ndarray, gains: np.ndarray, votes: np.ndarray,
+) -> None:  # fmt: skip
+    """Fills the `marks_for` elements of a tensor from `start` on: a bit for each model whose value counts.
 
     `left` [rows, r] and `right` [r, columns] are the factors of all adapters side by side, of which each model has
-    `ranks[t]`, or is the next of `stack` [plain, rows * columns] where that is negative. Without `delta` a model's
-    values are its weights and not what it adds to the base, and so is the result. `near` [adapters * ROWS, columns]
-    is scratch, and its precision is that of all arithmetic; `short` rounds the result to bfloat16.
+    `ranks[t]`, or is the next of `plain`, float32 [rows * columns], where that is negative; anything stands in `plain`
+    where none is. Without `delta` a model's values are its weights and not what it adds to the base. `near`
+    [models * ROWS, STRIP] is scratch, and its precision is that of all arithmetic.
     """
-    rows, columns, finite = left.shape[0], out.size // left.shape[0], True
-    places = _places(ranks)
-    values, words = np.empty((ranks.size, PART), near.dtype), np.empty(PART + 8, np.uint32)
-    total, share, merged = np.empty(PART, near.dtype), np.empty(PART, near.dtype), np.empty(PART, near.dtype)
-    for row in range(0, rows, ROWS):
-        high = min(ROWS, rows - row)
-        _form(left[row : row + high], right, ranks, near)
-        for i in range(high):
-            for first in range(0, columns, PART):
-                n = min(PART, columns - first)
-                at = (row + i) * columns + first
-                own = base[at : at + n]
-                _gather(ranks, places, near, i, first, stack, at, own, delta, values, n)
-                for t in range(ranks.size):
-                    if cuts[t] < np.uint64(ALL):
-                        _draw(values[t, :n], keys[t], np.uint64(start + at), cuts[t], gains[t], words)
-                if votes.size:
-                    elect_part(values, 0, limits, weights, votes, mean, scale, total[:n], share[:n], merged[:n])
-                else:
-                    _add_up(values, weights, merged[:n])
-                finite &= _settle(merged[:n], own, delta, short, out[at : at + n])
-    return finite
-
-
-@compiled
-def sum_rows(
-    left: np.ndarray, right: np.ndarray, ranks: np.ndarray, base: np.ndarray, stack: np.ndarray, short: bool,
-    out: np.ndarray, weights: np.ndarray,
-) -> bool:  # fmt: skip
-    """As `merge_rows` for a weighted sum of all deltas as they are: a delta is added up as it is made."""
-    rows, columns, finite = left.shape[0], out.size // left.shape[0], True
-    near, merged = np.empty((ROWS, STRIP), weights.dtype), np.empty((ROWS, STRIP), weights.dtype)
-    for row in range(0, rows, ROWS):
-        high = min(ROWS, rows - row)
+    total, random = np.empty(STRIP, near.dtype), np.empty(STRIP + 8, np.uint32)
+    words, early = np.zeros(STRIP // 8, np.uint64), max(limits.size - MOST, 0)
+    flags = words.view(np.uint8)
+    for row in range(0, left.shape[0], ROWS):
+        high = min(ROWS, left.shape[0] - row)
         for first in range(0, columns, STRIP):
-            n = min(STRIP, columns - first)
-            at, r, plain = row * columns + first, 0, 0
-            for t in range(ranks.size):
-                if ranks[t] >= 0:
-                    _add_product(left, right, row, high, r, ranks[t], first, n, weights[t], t == 0, near, merged)
-                    r += ranks[t]
-                else:
-                    for i in range(high):
-                        begin = at + i * columns
-                        own, whole = base[begin : begin + n], stack[plain, begin : begin + n]
-                        _add_difference(whole, own, weights[t], t == 0, merged[i, :n])
-                    plain += 1
+            n, word = min(STRIP, columns - first), first * bits // 64
+            stop = word + (n * bits + 63) // 64
+            _form(left, right, ranks, base, plain, delta, 0, row, high, first, columns, n, near)
             for i in range(high):
-                begin = at + i * columns
-                finite &= _settle(merged[i, :n], base[begin : begin + n], True, short, out[begin : begin + n])
+                at = np.uint64(start + (row + i) * columns + first)
+                _elect(near, i, at, limits, cuts, keys, gains, votes, total[:n], random)
+                _flag(near, i, early, limits.size, votes, total[:n], flags[:n])
+                _pack(words, bits, marks[0, row + i, word:stop])
+                for t in range(0, early, MOST):
+                    _flag(near, i, t, min(t + MOST, early), votes, total[:n], flags[:n])
+                    _pack(words, bits, marks[1 + t // MOST, row + i, word:stop])
+
+
+@compiled
+def merge_rows(
+    left: np.ndarray, right: np.ndarray, ranks: np.ndarray, base: np.ndarray, plain: tuple[np.ndarray, ...], delta: Any,
+    near: np.ndarray, headed: Any, bits: int, marks: np.ndarray, early: np.ndarray, early_gains: np.ndarray,
+    begin: float, gains: Any, weights: tuple[float, ...], scale: float, mean: Any, short: Any, out: np.ndarray,
+) -> bool:  # fmt: skip
+    """Fills `out`, float32 [rows * columns]; whether all of it is finite.
+
+    `delta`, `headed`, `mean`, `short` are True or None, so that loops are compiled for either. `gains` are None where
+    all values count; otherwise those count that `marks` tell. `early` are the weights of models before the last `MOST`.
+    Where `headed`, deltas of the first model, then the first of `plain`, are made as they are used. `short` rounds the
+    result to bfloat16. All else is as `mark_rows` has it.
+    """
+    columns, skip, finite = out.size // left.shape[0], 0 if headed is None else 1, True
+    exact, words, ahead = np.empty(STRIP, near.dtype), np.empty(STRIP // 8, np.uint64), early.size * ROWS
+    sums, shares, flags = np.full(STRIP, begin, near.dtype), np.zeros(STRIP, near.dtype), words.view(np.uint8)
+    for row in range(0, left.shape[0], ROWS):
+        high = min(ROWS, left.shape[0] - row)
+        for first in range(0, columns, STRIP):
+            n, word = min(STRIP, columns - first), first * bits // 64
+            stop = word + (n * bits + 63) // 64
+            _form(left, right, ranks, base, plain, delta is not None, skip, row, high, first, columns, n, near)
+            for i in range(high):
+                at, begun, parted, merged = (row + i) * columns + first, sums[:n], shares[:n], exact[:n]
+                own, lead, part = base[at : at + n], plain[0][at : at + n], out[at : at + n]
+                if early.size:
+                    begun[:] = begin
+                    _add_early(
+                        near, i, marks, row + i, word, stop, bits, early, early_gains, gains, words, begun, parted
+                    )
+                if gains is not None:
+                    _unpack(marks[0, row + i, word:stop], bits, words)
+                finite &= _combine(
+                    near, ahead + i, lead, headed, own, delta, flags, gains, begun, parted, weights, scale, mean, short,
+                    merged, part,
+                )  # fmt: skip
+                if short is not None:
+                    finite &= _shorten(merged, part)
     return finite
 
 
 @compiled
-def _add_product(left, right, row, high, r, rank, first, n, weight, fresh, near, merged):  # type: ignore[no-untyped-def]
-    """Adds a multiple of an adapter's delta to a strip of a tile; of whole tiles the last directions as they come."""
-    last = rank - 4 if high == ROWS and rank > 0 and rank % 4 == 0 else rank
-    for i in range(high):
-        near[i, :n] = 0
-        if fresh:
-            merged[i, :n] = -0.0  # to which every number is added unchanged
-    if last < rank:
-        for k in range(r, r + last, 4):
-            storage.add_tile(left, right, row, k, first, n, near)
-        _add_last(left, right, row, r + last, first, n, weight, near, merged)
-        return
-    for i in range(high):
-        for k in range(r, r + rank):
-            storage.add_scaled(left[row + i, k], right[k, first : first + n], near[i, :n])
-        _add(near[i, :n], weight, False, merged[i, :n])
-
-
-@compiled
-def _add_last(left, right, i, k, first, n, weight, near, merged):  # type: ignore[no-untyped-def]
-    """A product whose last four directions are missing, with them, times a weight: as `storage.add_tile`."""
-    p0, p1, p2, p3 = left[i, k], left[i, k + 1], left[i, k + 2], left[i, k + 3]
-    q0, q1, q2, q3 = left[i + 1, k], left[i + 1, k + 1], left[i + 1, k + 2], left[i + 1, k + 3]
-    s0, s1, s2, s3 = left[i + 2, k], left[i + 2, k + 1], left[i + 2, k + 2], left[i + 2, k + 3]
-    t0, t1, t2, t3 = left[i + 3, k], left[i + 3, k + 1], left[i + 3, k + 2], left[i + 3, k + 3]
-    a, b, c, d, last = near[0], near[1], near[2], near[3], first + n
-    e, f, g, h = merged[0], merged[1], merged[2], merged[3]
-    u0, u1, u2, u3 = right[k, first:last], right[k + 1, first:last], right[k + 2, first:last], right[k + 3, first:last]
-    for j in range(n):
-        r0, r1, r2, r3 = u0[j], u1[j], u2[j], u3[j]
-        e[j] += weight * ((((a[j] + p0 * r0) + p1 * r1) + p2 * r2) + p3 * r3)
-        f[j] += weight * ((((b[j] + q0 * r0) + q1 * r1) + q2 * r2) + q3 * r3)
-        g[j] += weight * ((((c[j] + s0 * r0) + s1 * r1) + s2 * r2) + s3 * r3)
-        h[j] += weight * ((((d[j] + t0 * r0) + t1 * r1) + t2 * r2) + t3 * r3)
-
-
-@compiled
-def _places(ranks):  # type: ignore[no-untyped-def]
-    """Where each model's values lie: how many adapters, or how many plain tensors, come before it."""
-    counts, places = np.zeros(2, np.int64), np.empty(ranks.size, np.int64)
-    for t in range(ranks.size):
-        kind = 1 if ranks[t] >= 0 else 0
-        places[t] = counts[kind]
-        counts[kind] += 1
-    return places
-
-
-@compiled
-def _form(left, right, ranks, near):  # type: ignore[no-untyped-def]
-    """The adapters' products of some rows, each in its own rows of `near`."""
+def _form(left, right, ranks, base, plain, delta, skip, row, high, first, columns, n, near):  # type: ignore[no-untyped-def]
+    """The values of a strip of a tile, each model's in its own rows of `near`; but for those of the first `skip`."""
     r, place = 0, 0
     for t in range(ranks.size):
         if ranks[t] >= 0:
-            own = near[place : place + ROWS]
-            own[:] = 0
-            storage.add_products(left[:, r : r + ranks[t]], right[r : r + ranks[t]], own)
-            r, place = r + ranks[t], place + ROWS
+            _multiply(left, right, row, high, r, ranks[t], first, n, near[t * ROWS : (t + 1) * ROWS])
+            r += ranks[t]
+        for i in range(high):
+            at, values = (row + i) * columns + first, near[t * ROWS + i, :n]
+            if ranks[t] >= 0:
+                if not delta:
+                    _add(base[at : at + n], values)
+            elif t >= skip:
+                _subtract(plain[place][at : at + n], base[at : at + n], delta, values)
+        place += 1 if ranks[t] < 0 else 0
 
 
 @compiled
-def _gather(ranks, places, near, i, first, stack, at, own, delta, values, n):  # type: ignore[no-untyped-def]
-    """The models' values of a part of a row."""
-    for t in range(ranks.size):  # a row is cut where it is used: of a slice of all rows none would be contiguous
-        if ranks[t] >= 0:
-            _take(near[places[t] * ROWS + i, first : first + n], own, delta, values[t, :n])
-        else:
-            _subtract(stack[places[t], at : at + n], own, delta, values[t, :n])
+def _multiply(left, right, row, high, r, rank, first, n, near):  # type: ignore[no-untyped-def]
+    """An adapter's product, as `storage.add_products` has it."""
+    tiled = rank - rank % 4 if high == ROWS else 0
+    for i in range(high):
+        near[i, :n] = 0
+    for k in range(r, r + tiled, 4):
+        storage.add_tile(left, right, row, k, first, n, near)
+    for k in range(r + tiled, r + rank):
+        for i in range(high):
+            storage.add_scaled(left[row + i, k], right[k, first : first + n], near[i, :n])
 
 
 @compiled
-def _take(product, own, delta, values):  # type: ignore[no-untyped-def]
-    if delta:
-        for j in range(values.size):
-            values[j] = product[j]
-    else:
-        for j in range(values.size):
-            values[j] = values.dtype.type(own[j]) + product[j]
+def _add(own, values):  # type: ignore[no-untyped-def]
+    for j in range(values.size):
+        values[j] = values.dtype.type(own[j]) + values[j]
 
 
 @compiled
@@ -233,53 +232,133 @@ def _subtract(whole, own, delta, values):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _draw(values, key, start, cut, gain, words):  # type: ignore[no-untyped-def]
+def _elect(near, i, at, limits, cuts, keys, gains, votes, total, random):  # type: ignore[no-untyped-def]
+    """Draws, trims and elects in place, in part of a row; `total` becomes the elected signs."""
+    total[:] = 0
+    for t in range(limits.size):
+        values = near[t * ROWS + i, : total.size]
+        if cuts[t] < np.uint64(ALL):
+            _draw(values, keys[t], at, cuts[t], gains[t], random)
+        if votes.size:
+            trim_and_vote(values, limits[t], votes[t], total)
+    elect_signs(total)
+
+
+@compiled
+def _draw(values, key, start, cut, gain, random):  # type: ignore[no-untyped-def]
     skip = np.int64(start % np.uint64(4))
-    philox_words(key, start // np.uint64(4), (values.size + skip + 3) // 4, words)
-    keep_below(values, words[skip : skip + values.size], cut, gain)
+    philox_words(key, start // np.uint64(4), (values.size + skip + 3) // 4, random)
+    keep_below(values, random[skip : skip + values.size], cut, gain)
 
 
 @compiled
-def _add_up(values, weights, merged):  # type: ignore[no-untyped-def]
+def _flag(near, i, first, last, votes, signs, flags):  # type: ignore[no-untyped-def]
+    """Which values of some models are left and agree, a bit for each model."""
+    flags[:] = 0
+    for t in range(first, last):
+        bit = np.uint8(1 << (t - first))
+        if votes.size:
+            _flag_agreeing(near[t * ROWS + i, : flags.size], signs, 1 if votes[t] >= 0 else -1, bit, flags)
+        else:
+            _flag_left(near[t * ROWS + i, : flags.size], bit, flags)
+
+
+@compiled
+def _flag_agreeing(values, signs, side, bit, flags):  # type: ignore[no-untyped-def]
+    turn = values.dtype.type(side)
+    for j in range(flags.size):
+        flags[j] |= bit if values[j] * (turn * signs[j]) > 0 else np.uint8(0)
+
+
+@compiled
+def _flag_left(values, bit, flags):  # type: ignore[no-untyped-def]
+    for j in range(flags.size):
+        flags[j] |= bit if values[j] != 0 else np.uint8(0)
+
+
+@compiled
+def _pack(words, bits, marks):  # type: ignore[no-untyped-def]
+    """Lays bytes of which `bits` bits are in use over one another, eight at a time."""
+    marks[:] = 0
+    for k in range(8 // bits):
+        for j in range(marks.size):
+            marks[j] |= words[k * marks.size + j] << np.uint64(k * bits)
+
+
+@compiled
+def _unpack(marks, bits, words):  # type: ignore[no-untyped-def]
+    """What `_pack` has packed."""
+    mask = np.uint64(0x0101010101010101) * np.uint64((1 << bits) - 1)
+    for k in range(8 // bits):
+        for j in range(marks.size):
+            words[k * marks.size + j] = (marks[j] >> np.uint64(k * bits)) & mask
+
+
+@compiled
+def _add_early(near, i, marks, row, word, stop, bits, weights, factors, gains, words, sums, shares):  # type: ignore[no-untyped-def]
+    """Adds up the models before the last `MOST`, one after another, and their share; all where `gains` is None."""
+    shares[:] = 0
+    flags = words.view(np.uint8)
     for t in range(weights.size):
-        _add(values[t, : merged.size], weights[t], t == 0, merged)
+        values = near[t * ROWS + i, : sums.size]
+        if gains is None:
+            storage.add_scaled(weights[t], values, sums)
+        else:
+            if t % MOST == 0:
+                _unpack(marks[1 + t // MOST, row, word:stop], bits, words)
+            _add_counted(values, flags, np.uint8(t % MOST), factors[t], weights[t], sums, shares)
 
 
 @compiled
-def _add(values, weight, fresh, merged):  # type: ignore[no-untyped-def]
-    if fresh:
-        for j in range(merged.size):
-            merged[j] = weight * values[j]
-    else:
-        for j in range(merged.size):
-            merged[j] += weight * values[j]
+def _add_counted(values, flags, bit, gain, weight, sums, shares):  # type: ignore[no-untyped-def]
+    none = weight - weight
+    for j in range(sums.size):
+        counts = (flags[j] >> bit) & np.uint8(1)
+        sums[j] += weight * (values[j] * (gain if counts else none))
+        shares[j] += weight if counts else none
 
 
 @compiled
-def _add_difference(whole, own, weight, fresh, merged):  # type: ignore[no-untyped-def]
-    wide = merged.dtype.type
-    if fresh:
-        for j in range(merged.size):
-            merged[j] = weight * (wide(whole[j]) - wide(own[j]))
-    else:
-        for j in range(merged.size):
-            merged[j] += weight * (wide(whole[j]) - wide(own[j]))
+def _combine(  # type: ignore[no-untyped-def]
+    near, row, lead, headed, own, delta, flags, gains, sums, shares, weights, scale, mean, short, exact, out
+):
+    """The models' sum or mean on the base, in part of a row; whether all of it is finite as float32.
 
-
-@compiled
-def _settle(merged, own, delta, short, out):  # type: ignore[no-untyped-def]
-    """Adds the base to a delta and rounds once; whether all are finite."""
-    if short:
-        if delta:
-            for j in range(out.size):
-                merged[j] += own[j]
-        bits = np.empty(out.size, np.uint16)
-        round_bfloat16(merged, out, bits)
-        return storage.widen_bfloat16(bits, out) == 0
-    broken, wide = np.uint32(0), merged.dtype.type
+    All in one loop, made for what it is given: how many weights there are, and what is None, is known when it is
+    compiled. In parts it would take half as long again. Where the result is rounded further, `exact` takes it.
+    """
+    wide, broken = near.dtype.type, np.uint32(0)
+    none, one = wide(0), wide(1)
     for j in range(out.size):
-        single = np.float32(merged[j] + wide(own[j]) if delta else merged[j])
-        out[j] = single
-        full = np.uint32(single.view(np.uint32) & FULL)
+        total, share = sums[j], shares[j]
+        for t in range(len(weights)):
+            value = near[t * ROWS + row, j]
+            if headed is not None:
+                value = wide(lead[j]) - wide(own[j]) if t == 0 else value
+            if gains is None:
+                total += weights[t] * value
+            else:
+                counts = (flags[j] >> np.uint8(t)) & np.uint8(1)
+                total += weights[t] * (value * (gains[t] if counts else none))
+                if mean is not None:
+                    share += weights[t] if counts else none
+        if mean is not None:
+            total /= share if share != none else one
+        total *= scale
+        if delta is not None:
+            total += wide(own[j])
+        if short is None:
+            out[j] = total
+        else:
+            exact[j] = total
+        full = np.uint32(np.float32(total).view(np.uint32) & FULL)
         broken = np.uint32(broken | np.uint32(full + CARRY))
     return broken & SIGN == 0
+
+
+@compiled
+def _shorten(merged, out):  # type: ignore[no-untyped-def]
+    """Rounds to bfloat16; whether all are finite."""
+    bits = np.empty(out.size, np.uint16)
+    round_bfloat16(merged, out, bits)
+    return storage.widen_bfloat16(bits, out) == 0

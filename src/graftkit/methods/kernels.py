@@ -197,8 +197,8 @@ def elect_part(
     share[:] = 0
     merged[:] = 0
     for t in range(deltas.shape[0]):
-        _trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total)
-    _elect_signs(total)
+        trim_and_vote(deltas[t, first : first + n], limits[t], votes[t], total)
+    elect_signs(total)
     for t in range(deltas.shape[0]):
         side = np.float32(1) if votes[t] >= 0 else np.float32(-1)
         _add_agreeing(deltas[t, first : first + n], total, side, weights[t], merged, share)
@@ -206,7 +206,8 @@ def elect_part(
 
 
 @compiled
-def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
+def trim_and_vote(deltas: np.ndarray, limit: np.float32, vote: float, total: np.ndarray) -> None:
+    """Leaves out what is smaller than the limit, in place, and adds the rest to the election, times the vote."""
     for i in range(total.size):
         kept = deltas[i] * np.float32(np.float32(abs(deltas[i])) >= limit)  # a product, not a branch: it vectorises
         deltas[i] = kept
@@ -214,7 +215,8 @@ def _trim_and_vote(deltas, limit, vote, total):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _elect_signs(total):  # type: ignore[no-untyped-def]
+def elect_signs(total: np.ndarray) -> None:
+    """1 where a sum is not negative, -1 elsewhere."""
     one = total.dtype.type(1)
     for i in range(total.size):
         total[i] = one if total[i] >= 0 else -one
