@@ -4,8 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/live.py vlm --rounds 5                     # needs `make vlm`
 
 One worker, in turn, every merge with other weights; CPU seconds of the process, since other programs may run: medians
-and ranges over rounds. *Floor*: every parameter copied once from memory. *Again* changes the density too, so that
-thresholds are found anew.
+and ranges over rounds. *Floor*: every parameter copied once from memory. *Other density*, in turns of its own: what
+outlasts thresholds and draws is found anew.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORCHARD = ROOT / "examples" / "orchard"
 METHODS: dict[str, dict[str, Any]] = {"task_arithmetic": {}, "ties": {"density": 0.3}, "dare": {"density": 0.3}}
 Work = Callable[[], object]
+Works = dict[str, Work]
 Trials = Iterator[float]
 
 
@@ -48,7 +49,12 @@ def floor(live: Live) -> Work:
     return lambda: [mine.copy_(other) for mine, other in zip(held, kept, strict=True)]
 
 
-def adapters(items: int) -> tuple[Live, dict[str, Work]]:
+def others(merge: Callable[[str], Work]) -> Works:
+    """Merges of another density each time."""
+    return {f"{method}, other density": lambda method=method: merge(method)() for method in ("ties", "dare")}  # type: ignore[misc]
+
+
+def adapters(items: int) -> tuple[Live, Works, Works]:
     """The base with two adapters of rank 8, and the evaluation of so many of their items."""
     places = [str(ORCHARD / "adapters" / name) for name in ("math", "code")]
     told = {"base": str(ROOT / ".cache" / "smollm2"), "models": places, "accept_base": True}
@@ -58,15 +64,12 @@ def adapters(items: int) -> tuple[Live, dict[str, Work]]:
     def merge(method: str, **knobs: Any) -> Work:
         return lambda: live.apply({"method": method, **told, "knobs": {**knobs, "weight": [next(trials), 0.5]}})
 
-    works: dict[str, Work] = {
-        f"evaluation, {items} items": lambda: graftkit.evaluate([live.named("trial")], tasks, resamples=1)
-    }
+    works: Works = {f"evaluation, {items} items": lambda: graftkit.evaluate([live.named("trial")], tasks, resamples=1)}
     works |= {method: merge(method, **knobs) for method, knobs in METHODS.items()}
-    works["ties, again"] = lambda: merge("ties", density=next(trials))()
-    return live, {**works, "floor": floor(live)}
+    return live, {**works, "floor": floor(live)}, others(lambda method: merge(method, density=next(trials)))
 
 
-def vlm(_: int) -> tuple[Live, dict[str, Work]]:
+def vlm(_: int) -> tuple[Live, Works, Works]:
     """A dense VLM and an adapter of rank 4 on its base, and 180 questions of dev in one pass."""
     sys.path[:0] = [str(ORCHARD), str(ORCHARD / "vlm")]
     from study import Bed
@@ -79,19 +82,16 @@ def vlm(_: int) -> tuple[Live, dict[str, Work]]:
 
     point = Point("neutral", "language", "task_arithmetic", 1.0, 1.0)
     asked = [("dev", "language"), ("dev", "digits")]
-    works: dict[str, Work] = {
-        "evaluation, 180 questions": lambda: [bed.trial(point, *one, 0.0, bed.live.model) for one in asked]
-    }
+    works: Works = {"evaluation, 180 questions": lambda: [bed.trial(point, *one, 0.0, bed.live.model) for one in asked]}
     works |= {method: merge(method, **knobs) for method, knobs in METHODS.items()}
-    works["ties, again"] = lambda: merge("ties", next(trials))()
-    return bed.live, {**works, "floor": floor(bed.live)}
+
+    return bed.live, {**works, "floor": floor(bed.live)}, others(lambda method: merge(method, next(trials)))
 
 
-def in_turn(works: dict[str, Work], rounds: int) -> None:
-    """Runs all in turn, after once without counting; tells seconds, and ratios to the first and to the last."""
-    spent = seconds_in_turn(works, rounds)
+def tell(spent: dict[str, list[float]]) -> None:
+    """Seconds, and ratios to the first and to the floor."""
     middle = {name: statistics.median(own) for name, own in spent.items()}
-    first, last = next(iter(middle.values())), list(middle.values())[-1]
+    first, last = next(iter(middle.values())), middle["floor"]
     for name, own in spent.items():
         told = f"{middle[name]:8.3f} s CPU [{min(own):.3f}, {max(own):.3f}]"
         print(f"{name:28}{told:36}{middle[name] / first:8.2%} of it {middle[name] / last:8.1f} x floor", flush=True)
@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    live, works = {"adapters": adapters, "vlm": vlm}[options.bed](options.items)
+    live, works, anew = {"adapters": adapters, "vlm": vlm}[options.bed](options.items)
     with live:
-        in_turn(works, options.rounds)
+        tell(seconds_in_turn(works, options.rounds) | seconds_in_turn(anew, options.rounds))
 
 
 if __name__ == "__main__":

@@ -70,9 +70,11 @@ class Case:
         """A method's result on the base, as float32."""
         return (result + self.base.astype(self.dtype) if self.delta else result).astype(np.float32)
 
-    def rule(self, limits=0, share=None, keys=(), gain=1, votes=(), weights=(), mean=False, scale=1.0):
+    def rule(self, limits=0, shares=None, keys=(), gain=1, votes=(), weights=(), mean=False, scale=1.0):
         count = len(self.ranks)
-        cuts = np.full(count, ALL if share is None else int(np.ceil(share * 2**32)), np.uint64)
+        cuts = np.array(
+            [ALL if share == 1 else int(np.ceil(share * 2**32)) for share in shares or [1] * count], np.uint64
+        )
         streams = np.array(keys or [0] * count, np.uint64)
         made = [np.full(count, limits, np.float32), cuts, streams, np.full(count, gain, self.dtype)]
         return Rule(*made, np.array(votes, self.dtype), np.array(weights, self.dtype), mean, scale)
@@ -115,17 +117,17 @@ def test_elections(shape, ranks, mean, dtype, short):
 
 
 @pytest.mark.parametrize("elect", ["none", "sign"])
-@pytest.mark.parametrize("start", [0, 4, 9])
+@pytest.mark.parametrize(("start", "densities"), [(0, [0.4]), (4, [1.0, 0.4, 0.0]), (9, [0.3, 0.7])])
 @pytest.mark.parametrize(("shape", "ranks"), list(zip(SHAPES * 2, RANKS, strict=False)))
-def test_draws(shape, ranks, start, elect):
+def test_draws(shape, ranks, start, densities, elect):
     case = Case(shape, ranks)
-    keys, weights = tuple(range(5, 5 + len(ranks))), case.weights()
+    keys, weights, shares = tuple(range(5, 5 + len(ranks))), case.weights(), (densities * len(ranks))[: len(ranks)]
     out, votes = np.empty(case.out.size), np.ones(len(ranks)) if elect == "sign" else ()
-    told = {"density": 0.4, "weight": weights.tolist(), "scale": 1.0, "elect": elect, "normalize": False}
+    told = {"density": shares, "weight": weights.tolist(), "scale": 1.0, "elect": elect, "normalize": False}
     told |= {"combine": "mean", "weighted_election": False, "rescale": True, "rescale_by": "chance"}
     kernels.dare(case.values.copy(), Keyed(keys, start), np.ones(len(ranks)), **told, out=out)
-    mean = elect == "sign"
-    rule = case.rule(share=0.4, keys=keys, gain=1 / 0.4, votes=votes, weights=weights, mean=mean)
+    gains, mean = [1 / share if share else 1 for share in shares], elect == "sign"
+    rule = case.rule(shares=shares, keys=keys, gain=gains, votes=votes, weights=weights, mean=mean)
     same(case.merged(rule, start), case.settled(out))
 
 

@@ -6,7 +6,7 @@ to disk and a load, and takes little longer than reading and writing once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ READ = {"base", "deltas", "rng", "threshold", "retained"}
 UNMEASURED = ("weight", "scale", "t", "take")
 """Knobs on which no statistic depends."""
 
+OTHERS = tuple(one.name for one in fields(Step) if one.name != "knobs")
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -84,7 +86,8 @@ class Direct:
 
     def by(self, rule: Rule, step: Step) -> Direct:
         """The same inputs by another rule; marks stay where the same values count."""
-        return replace(self, step=step, rule=rule, marks=self.marks if self.rule.selects_as(rule) else {})
+        marks = self.marks if self.rule.selects_as(rule) else {}
+        return Direct(step, rule, self.factors, self.base, self.plain, self.delta, marks)
 
     def write(self, target: np.ndarray, space: Workspace) -> bool:
         """Fills a parameter, float32 or bits of bfloat16; False where an element is not finite."""
@@ -139,11 +142,11 @@ class Held:
 
 @dataclass
 class Directly:
-    """Finds steps that go straight; keeps the stacked factors, which no weight touches, by what a step reads, and the
-    steps themselves, of which mostly only weights are new the next time."""
+    """Finds steps that go straight; keeps the stacked factors, which no weight touches, by what a step reads, and of
+    every method the steps as they were last, of which mostly only weights are new the next time."""
 
     kept: dict[str, Factors] = field(default_factory=dict)
-    held: dict[str, Held] = field(default_factory=dict)
+    held: dict[tuple[str, str], Held] = field(default_factory=dict)
     prints: list[str] = field(default_factory=list)
 
     def begin(self, prints: list[str]) -> None:
@@ -154,7 +157,7 @@ class Directly:
 
     def again(self, step: Step, threshold: Threshold | None) -> Direct | None:
         """A step that was made before, under the same threshold, with the weights of now."""
-        held = self.held.get(step.key)
+        held = self.held.get((step.method, step.key))
         if held is None or held.threshold is not threshold or not _is_reweighted(held.made.step, step):
             return None
         method = methods.get(step.method)
@@ -188,7 +191,7 @@ class Directly:
         factors = _flat(len(arrays)) if tensors else self._stacked(reader, key)
         made = Direct(step, rule, factors, own, arrays, method.returns_delta)
         if method.returns_delta and set(method.reads) <= READ:
-            self.held[step.key] = Held(made, given, threshold)
+            self.held[step.method, step.key] = Held(made, given, threshold)
         return made
 
     def _stacked(self, reader: Reader, key: str) -> Factors:
@@ -212,8 +215,9 @@ def _rule(method: Method, given: dict[str, Any], step: Step) -> Rule | None:
 
 def _is_reweighted(old: Step, new: Step) -> bool:
     """Whether nothing but weights, and what else no statistic depends on, is new."""
-    fresh = {name: value for name, value in new.knobs.items() if name in UNMEASURED}
-    return replace(old, knobs={**old.knobs, **fresh}) == new
+    knobs = old.knobs.keys() | new.knobs.keys()
+    alike = all(old.knobs.get(name) == new.knobs.get(name) for name in knobs if name not in UNMEASURED)
+    return alike and all(getattr(old, name) == getattr(new, name) for name in OTHERS)
 
 
 def is_held(feed: Feed) -> bool:

@@ -206,11 +206,11 @@ class Place:
         """Its memory, where a sum can be written right into it: float32, or the bits of bfloat16."""
         import torch
 
-        whole = self.target.device.type == "cpu" and self.step.rows is None
-        flat = self.target.detach().reshape(-1)
-        if whole and flat.dtype == torch.float32:
-            return flat.numpy()  # type: ignore[no-any-return]
-        return flat.view(torch.uint16).numpy() if whole and flat.dtype == torch.bfloat16 else None
+        whole, kind = self.step.rows is None and self.target.is_contiguous(), self.target.dtype
+        if not whole or self.target.device.type != "cpu" or kind not in (torch.float32, torch.bfloat16):
+            return None
+        held = self.target.detach()
+        return (held if kind == torch.float32 else held.view(torch.uint16)).numpy().reshape(-1)  # type: ignore[no-any-return]
 
     def put(self, start: int, stop: int, raw: np.ndarray) -> None:
         """Elements `[start, stop)` of the step, as bytes of its dtype."""

@@ -77,7 +77,7 @@ class Rule:
     def selects_as(self, other: Rule) -> bool:
         """Whether of the same inputs the same values count."""
         pairs = zip(self.selection, other.selection, strict=True)
-        return all(np.array_equal(mine, theirs) for mine, theirs in pairs)
+        return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
 def weighted(factors: np.ndarray) -> Rule:
@@ -131,16 +131,20 @@ def mark_rows(
         high = min(ROWS, left.shape[0] - row)
         for first in range(0, columns, STRIP):
             n, word = min(STRIP, columns - first), first * bits // 64
-            stop = word + (n * bits + 63) // 64
-            _form(left, right, ranks, base, plain, delta, 0, row, high, first, columns, n, near)
+            if votes.size:
+                _form(left, right, ranks, base, plain, delta, 0, row, high, first, columns, n, near)
             for i in range(high):
                 at = np.uint64(start + (row + i) * columns + first)
-                _elect(near, i, at, limits, cuts, keys, gains, votes, total[:n], random)
-                _flag(near, i, early, limits.size, votes, total[:n], flags[:n])
-                _pack(words, bits, marks[0, row + i, word:stop])
-                for t in range(0, early, MOST):
-                    _flag(near, i, t, min(t + MOST, early), votes, total[:n], flags[:n])
-                    _pack(words, bits, marks[1 + t // MOST, row + i, word:stop])
+                if votes.size:
+                    _elect(near, i, at, limits, cuts, keys, gains, votes, total[:n], random)
+                for group in range(marks.shape[0]):
+                    begin, end = (early, limits.size) if group == 0 else ((group - 1) * MOST, min(group * MOST, early))
+                    flags[:n] = 0
+                    if votes.size:
+                        _flag_agreeing(near, i, begin, end, votes, total[:n], flags[:n])
+                    else:
+                        _flag_drawn(at, begin, end, cuts, keys, random, flags[:n])
+                    _pack(words, bits, marks[group, row + i, word : word + (n * bits + 63) // 64])
 
 
 @compiled
@@ -238,42 +242,51 @@ def _elect(near, i, at, limits, cuts, keys, gains, votes, total, random):  # typ
     for t in range(limits.size):
         values = near[t * ROWS + i, : total.size]
         if cuts[t] < np.uint64(ALL):
-            _draw(values, keys[t], at, cuts[t], gains[t], random)
-        if votes.size:
-            trim_and_vote(values, limits[t], votes[t], total)
+            keep_below(values, _drawn(keys[t], at, values.size, random), cuts[t], gains[t])
+        trim_and_vote(values, limits[t], votes[t], total)
     elect_signs(total)
 
 
 @compiled
-def _draw(values, key, start, cut, gain, random):  # type: ignore[no-untyped-def]
+def _drawn(key, start, count, random):  # type: ignore[no-untyped-def]
+    """Random words of a model's stream, from element `start` on."""
     skip = np.int64(start % np.uint64(4))
-    philox_words(key, start // np.uint64(4), (values.size + skip + 3) // 4, random)
-    keep_below(values, random[skip : skip + values.size], cut, gain)
+    philox_words(key, start // np.uint64(4), (count + skip + 3) // 4, random)
+    return random[skip : skip + count]
 
 
 @compiled
-def _flag(near, i, first, last, votes, signs, flags):  # type: ignore[no-untyped-def]
-    """Which values of some models are left and agree, a bit for each model."""
-    flags[:] = 0
+def _flag_agreeing(near, i, first, last, votes, signs, flags):  # type: ignore[no-untyped-def]
+    """A bit for each of some models where its value is left and agrees."""
     for t in range(first, last):
-        bit = np.uint8(1 << (t - first))
-        if votes.size:
-            _flag_agreeing(near[t * ROWS + i, : flags.size], signs, 1 if votes[t] >= 0 else -1, bit, flags)
-        else:
-            _flag_left(near[t * ROWS + i, : flags.size], bit, flags)
+        _flag_side(
+            near[t * ROWS + i, : flags.size], signs, 1 if votes[t] >= 0 else -1, np.uint8(1 << (t - first)), flags
+        )
 
 
 @compiled
-def _flag_agreeing(values, signs, side, bit, flags):  # type: ignore[no-untyped-def]
+def _flag_side(values, signs, side, bit, flags):  # type: ignore[no-untyped-def]
     turn = values.dtype.type(side)
     for j in range(flags.size):
         flags[j] |= bit if values[j] * (turn * signs[j]) > 0 else np.uint8(0)
 
 
 @compiled
-def _flag_left(values, bit, flags):  # type: ignore[no-untyped-def]
-    for j in range(flags.size):
-        flags[j] |= bit if values[j] != 0 else np.uint8(0)
+def _flag_drawn(at, first, last, cuts, keys, random, flags):  # type: ignore[no-untyped-def]
+    """A bit for each of some models where a value is drawn, whatever it is."""
+    for t in range(first, last):
+        if cuts[t] < np.uint64(ALL):
+            _flag_below(_drawn(keys[t], at, flags.size, random), cuts[t], np.uint8(1 << (t - first)), flags)
+        else:
+            flags |= np.uint8(1 << (t - first))
+
+
+@compiled
+def _flag_below(words, cut, bit, flags):  # type: ignore[no-untyped-def]
+    if cut > np.uint64(0):
+        highest = np.uint32(cut - np.uint64(1))
+        for j in range(flags.size):
+            flags[j] |= bit if words[j] <= highest else np.uint8(0)
 
 
 @compiled

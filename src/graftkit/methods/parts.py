@@ -29,7 +29,9 @@ def spread(value: float | Sequence[float], count: int) -> np.ndarray:
     """A knob as float64 numbers, one per model: [count]."""
     import numpy as np
 
-    return np.array(np.broadcast_to(np.asarray(value, np.float64), (count,)))
+    values = np.empty(count)
+    values[:] = value
+    return values
 
 
 def kept_count(density: float, elements: int) -> int:
