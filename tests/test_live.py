@@ -191,3 +191,37 @@ def test_what_is_refused(tmp_path):
         with pytest.raises(NonFiniteError, match=r"model\.norm\.weight"):
             live.apply({"models": [{"model": str(tmp_path / "broken")}, {}]})
         live.apply()
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs"), [("task_arithmetic", {}), ("ties", {"density": 0.4}), ("dare", {"density": 0.4})]
+)
+def test_inputs_of_several_dtypes(tmp_path, method, knobs):
+    base = tiny.save(tmp_path / "base", tiny.weights(0, dtype=torch.float32))
+    models = [tiny.save(tmp_path / name, tiny.weights(k, dtype=WIDE[name])) for k, name in enumerate(WIDE, 1)]
+    for k, order in enumerate((models, models[::-1], (models[1], tiny.adapter(tmp_path / "a", 1), models[0]))):
+        named = [{"model": str(path), "weight": 0.4} for path in order]
+        chosen = recipe((base,), method, named, knobs=knobs)
+        with Live.open(chosen, workers=1) as live:
+            live.apply()
+            same(live, loaded(chosen, tmp_path / f"out{k}", "float32"))
+
+
+def test_what_counts_is_found_anew_for_tensors_that_are_cut_otherwise(tmp_path, monkeypatch):
+    """Larger than a block: parameters of another dtype are filled in other blocks."""
+    monkeypatch.setattr(tiny, "VOCABULARY", 5000)
+    monkeypatch.setitem(tiny.CONFIG, "vocab_size", 5000)
+    family = tiny.family(tmp_path, dtype=torch.float32)
+    models = [{"model": str(path), "weight": 0.5} for path in family[1:]]
+    layers = [{"model": str(path), "layer_range": [0, 2], "weight": 0.5} for path in family[1:]]
+    told = recipe(family, "ties", models, knobs={"density": 0.4}, output={"dtype": "bfloat16"})
+    sliced = {name: value for name, value in told.items() if name not in ("models", "accept_base")}
+    sliced["slices"] = [{"sources": layers}, {"sources": [layer | {"layer_range": [0, 1]} for layer in layers]}]
+    with Live.open(sliced, workers=1) as live:
+        live.apply()
+        same(live, loaded(sliced, tmp_path / "sliced", "float32"))
+    with Live.open(told, dtype="bfloat16", workers=1) as live:
+        live.apply()
+        live.model.float()
+        live.apply()
+        same(live, loaded(told, tmp_path / "out", "float32"))

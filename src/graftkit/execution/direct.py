@@ -47,7 +47,8 @@ READ = {"base", "deltas", "rng", "threshold", "retained"}
 UNMEASURED = ("weight", "scale", "t", "take")
 """Knobs on which no statistic depends."""
 
-OTHERS = tuple(one.name for one in fields(Step) if one.name != "knobs")
+OTHERS = tuple(one.name for one in fields(Step) if one.name not in ("knobs", "group"))
+"""All else that a step is; a group is known by its threshold."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Factors:
 class Direct:
     """A step that goes straight into its parameter: a rule on the models' deltas, which `base` is then added to; or
     where `delta` is False on their weights, of which an adapter's are those of `base` and what it adds. `marks` tell
-    which values count, by the element that a block begins with."""
+    which values count, by where a block begins and ends."""
 
     step: Step
     rule: Rule
@@ -82,7 +83,7 @@ class Direct:
     base: np.ndarray
     plain: tuple[np.ndarray, ...]
     delta: bool
-    marks: dict[int, np.ndarray] = field(default_factory=dict)
+    marks: dict[tuple[int, int], np.ndarray] = field(default_factory=dict)
 
     def by(self, rule: Rule, step: Step) -> Direct:
         """The same inputs by another rule; marks stay where the same values count."""
@@ -93,7 +94,9 @@ class Direct:
         """Fills a parameter, float32 or bits of bfloat16; False where an element is not finite."""
         scratch = any(part.dtype != np.float32 for part in (target, self.base, *self.plain))
         size = self.factors.size(PART if scratch else WHOLE)
-        ends = ((start, min(start + size, target.size)) for start in range(0, target.size, size))
+        ends = [(start, min(start + size, target.size)) for start in range(0, target.size, size)]
+        for other in self.marks.keys() - set(ends):  # another target was cut into other blocks
+            del self.marks[other]
         return all(self._block(start, stop, target[start:stop], space) for start, stop in ends)
 
     def _block(self, start: int, stop: int, target: np.ndarray, space: Workspace) -> bool:
@@ -104,7 +107,7 @@ class Direct:
         inputs = self.factors.rows(start, stop), self.factors.right, self.factors.ranks, base, plain
         count = len(self.factors.ranks)
         near = space.stack("near", count * ROWS, STRIP, self.rule.weights.dtype)
-        marks = NO_MARKS if self.rule.plain else self._marked(start, target.size, inputs, near)
+        marks = NO_MARKS if self.rule.plain else self._marked(start, stop, inputs, near)
         headed = (self.delta and self.factors.ranks[0] < 0 and count <= MOST) or None
         settings = headed, bits_of(count), marks, *self.rule.combination, short, out
         finite = merge_rows(*inputs, self.delta or None, near, *settings)
@@ -112,23 +115,24 @@ class Direct:
             storage.narrow_bfloat16(out.view(np.uint32), target)
         return bool(finite)
 
-    def _marked(self, start: int, size: int, inputs: Inputs, near: np.ndarray) -> np.ndarray:
+    def _marked(self, start: int, stop: int, inputs: Inputs, near: np.ndarray) -> np.ndarray:
         """Which values of a block count."""
-        if start not in self.marks:
-            columns, count = self.factors.right.shape[1] or size, len(self.factors.ranks)
-            marks = marks_for(size // columns, columns, count)
+        if (start, stop) not in self.marks:
+            columns, count = self.factors.right.shape[1] or stop - start, len(self.factors.ranks)
+            marks = marks_for((stop - start) // columns, columns, count)
             mark_rows(*inputs, self.delta, near, start, columns, bits_of(count), marks, *self.rule.selection)
-            self.marks[start] = marks
-        return self.marks[start]
+            self.marks[start, stop] = marks
+        return self.marks[start, stop]
 
 
 def _singles(values: np.ndarray, space: Workspace, purpose: str) -> np.ndarray:
-    """Numbers of a file as float32, as they are if they are that."""
-    if values.dtype == np.float32:
-        return values
-    out = space.take(purpose, values.size, np.float32)
-    storage.widen_bfloat16(values, out)
-    return out
+    """Numbers of a file as float32, as they are if they are that; to read, as files are, so that all have one type."""
+    if values.dtype != np.float32:
+        values, bits = space.take(purpose, values.size, np.float32), values
+        storage.widen_bfloat16(bits, values)
+    shown = values.view()
+    shown.flags.writeable = False
+    return shown
 
 
 @dataclass
@@ -147,13 +151,14 @@ class Directly:
 
     kept: dict[str, Factors] = field(default_factory=dict)
     held: dict[tuple[str, str], Held] = field(default_factory=dict)
-    prints: list[str] = field(default_factory=list)
+    inputs: Any = None
 
-    def begin(self, prints: list[str]) -> None:
-        """Told of the inputs' fingerprints before each merge: steps of others are forgotten."""
-        if prints != self.prints:
+    def begin(self, inputs: Any) -> None:
+        """Told before each merge what its inputs are: all that was made of others is forgotten."""
+        if inputs != self.inputs:
+            self.kept.clear()
             self.held.clear()
-            self.prints = prints
+            self.inputs = inputs
 
     def again(self, step: Step, threshold: Threshold | None) -> Direct | None:
         """A step that was made before, under the same threshold, with the weights of now."""
@@ -187,14 +192,16 @@ class Directly:
         arrays = tuple(array_of(feed) for feed in reader.models if feed.info is not None)
         if short and method.returns_delta:  # one sum of base and models
             rest = np.concatenate([[1 - rule.weights.sum()], rule.weights])
-            return Direct(step, weighted(rest), _flat(len(rest)), NOTHING, (own, *arrays), False)
-        factors = _flat(len(arrays)) if tensors else self._stacked(reader, key)
+            return Direct(step, weighted(rest), _flat([-1] * len(rest)), NOTHING, (own, *arrays), False)
+        factors = _flat([-1] * len(arrays)) if tensors else self._stacked(reader, key)
         made = Direct(step, rule, factors, own, arrays, method.returns_delta)
         if method.returns_delta and set(method.reads) <= READ:
             self.held[step.method, step.key] = Held(made, given, threshold)
         return made
 
     def _stacked(self, reader: Reader, key: str) -> Factors:
+        if not any(isinstance(feed.delta, LowRank) for feed in reader.models if feed.info is None):
+            return _flat([-1 if feed.info else 0 for feed in reader.models])
         if key not in self.kept:
             pairs = [_pair(feed, reader) for feed in reader.models if feed.info is None]
             left = np.concatenate([pair.left for pair in pairs], axis=1)
@@ -210,7 +217,8 @@ def _rule(method: Method, given: dict[str, Any], step: Step) -> Rule | None:
         return weighted(given["factors"]) if step.compute == "F64" else None
     if not method.ballot or not method.kernel or step.knobs.get("normalize") or (given["retained"] != 1).any():
         return None
-    return elected(given["ballot"], step.keys, storage.STORAGE[step.compute])
+    rule = elected(given["ballot"], step.keys, storage.STORAGE[step.compute])
+    return rule if np.isfinite(rule.gains).all() else None
 
 
 def _is_reweighted(old: Step, new: Step) -> bool:
@@ -241,6 +249,6 @@ def _pair(feed: Feed, reader: Reader) -> LowRank:
     return LowRank(np.zeros((rows, 0), reader.dtype), np.zeros((0, columns), reader.dtype))
 
 
-def _flat(count: int) -> Factors:
-    """Tensors alone, without factors."""
-    return Factors(np.empty((1, 0)), np.empty((0, 0)), np.full(count, -1))
+def _flat(ranks: list[int]) -> Factors:
+    """Tensors, and adapters that leave them alone, without factors."""
+    return Factors(np.empty((1, 0)), np.empty((0, 0)), np.array(ranks))

@@ -30,11 +30,15 @@ from graftkit.execution.finishing import Block, finished
 from graftkit.execution.module import tensor_of
 from graftkit.execution.preparing import opened
 from graftkit.execution.reductions import Threshold
+from graftkit.recipes.inputs import Named
 from graftkit.recipes.plan import Plan
 from graftkit.recipes.steps import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+REMEMBERED = 1 << 14
+"""Statistics of tensors that are kept, at most; they are few numbers each."""
 
 Target = Callable[[Step], "Tensor | None"]
 """The tensor that a step's result is written into, whole; None for one that has no place."""
@@ -55,13 +59,14 @@ class LiveSteps:
         self._directly = Directly()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, and lets go of what was kept."""
         self._pool.shutdown()
+        self.forget()
 
     def carry_out(self, planned: Plan, target: Target) -> Plan:
         """Writes every step's result; returns the plan with numbers in place of rules."""
         planned = coefficients.resolved(planned, self._coefficients(planned))
-        self._directly.begin([named.fingerprint for named in planned.sources])
+        self._directly.begin([_identity(named) for named in planned.sources])
         known: dict[str, Threshold] = {}
         for group in reductions.groups_of(planned.steps):
             known[group.name] = self._threshold(group, planned, known)
@@ -121,12 +126,16 @@ class LiveSteps:
         threshold = known.get(step.group)
         shared = None if threshold is None else threshold.values.tolist()
         key = repr((step.key, step.method, knobs, shared, step.keys, _inputs(step, planned), _prepared(step, known)))
-        if key not in self._statistics:
+        held = self._statistics.get(key)
+        if held is None:
             found, _ = reductions.statistics_of(method, step.knobs, reader, threshold)
             if not all(isinstance(value, np.ndarray) for value in found.values()):
                 return found  # what is read by rows reads through this thread's scratch
-            self._statistics[key] = found
-        return dict(self._statistics[key])
+            held = found
+            if len(self._statistics) >= REMEMBERED:
+                self._statistics.clear()
+            self._statistics[key] = held
+        return dict(held)
 
     def _found(self, step: Step, planned: Plan, reader: Reader, known: Mapping[str, Threshold]) -> dict[str, Any]:
         """All that the method reads beside blocks."""
@@ -165,12 +174,17 @@ class LiveSteps:
         return None
 
 
+def _identity(named: Named) -> tuple[str, str]:
+    """An input: its content, of which not every byte was looked at, and where it lies."""
+    return named.fingerprint, str(named.source.directory)
+
+
 def _inputs(step: Step, planned: Plan) -> Any:
-    """What a step reads, by content, and in which precision."""
+    """What a step reads, by content and place, and in which precision."""
     return (
         step.key,
         step.compute,
-        [(planned.sources[part.source].fingerprint, part) for part in (step.base, *step.models) if part],
+        [(_identity(planned.sources[part.source]), part) for part in (step.base, *step.models) if part],
     )
 
 

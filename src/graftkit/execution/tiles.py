@@ -132,7 +132,7 @@ def mark_rows(
         for first in range(0, columns, STRIP):
             n, word = min(STRIP, columns - first), first * bits // 64
             if votes.size:
-                _form(left, right, ranks, base, plain, delta, 0, row, high, first, columns, n, near)
+                _form_all(left, right, ranks, 0, base, plain, 0, delta, 0, row, high, first, columns, n, near)
             for i in range(high):
                 at = np.uint64(start + (row + i) * columns + first)
                 if votes.size:
@@ -161,27 +161,39 @@ def merge_rows(
     result to bfloat16. All else is as `mark_rows` has it.
     """
     columns, skip, finite = out.size // left.shape[0], 0 if headed is None else 1, True
-    exact, words, ahead = np.empty(STRIP, near.dtype), np.empty(STRIP // 8, np.uint64), early.size * ROWS
-    sums, shares, flags = np.full(STRIP, begin, near.dtype), np.zeros(STRIP, near.dtype), words.view(np.uint8)
+    exact, words = np.empty(STRIP, near.dtype), np.empty(STRIP // 8, np.uint64)
+    sums, shares = np.full((ROWS, STRIP), begin, near.dtype), np.zeros((ROWS, STRIP), near.dtype)
+    flags, added = words.view(np.uint8), delta is not None
     for row in range(0, left.shape[0], ROWS):
         high = min(ROWS, left.shape[0] - row)
         for first in range(0, columns, STRIP):
-            n, word = min(STRIP, columns - first), first * bits // 64
+            n, word, r, place = min(STRIP, columns - first), first * bits // 64, 0, 0
             stop = word + (n * bits + 63) // 64
-            _form(left, right, ranks, base, plain, delta is not None, skip, row, high, first, columns, n, near)
+            if early.size:
+                sums[:] = begin
+                shares[:] = 0
+                for t in range(early.size):
+                    rank, whole = ranks[t], plain[min(place, len(plain) - 1)]
+                    _form(left, right, rank, r, base, whole, added, row, high, first, columns, n, near[:ROWS])
+                    r, place = (r + rank, place) if rank >= 0 else (r, place + 1)
+                    for i in range(high):
+                        values, begun, parted = near[i, :n], sums[i, :n], shares[i, :n]
+                        if gains is None:
+                            storage.add_scaled(early[t], values, begun)
+                        else:
+                            _unpack(marks[1 + t // MOST, row + i, word:stop], bits, words)
+                            _add_counted(values, flags, np.uint8(t % MOST), early_gains[t], early[t], begun, parted)
+            _form_all(
+                left, right, ranks[early.size :], r, base, plain, place, added, skip, row, high, first, columns, n, near
+            )
             for i in range(high):
-                at, begun, parted, merged = (row + i) * columns + first, sums[:n], shares[:n], exact[:n]
+                at, merged = (row + i) * columns + first, exact[:n]
                 own, lead, part = base[at : at + n], plain[0][at : at + n], out[at : at + n]
-                if early.size:
-                    begun[:] = begin
-                    _add_early(
-                        near, i, marks, row + i, word, stop, bits, early, early_gains, gains, words, begun, parted
-                    )
                 if gains is not None:
                     _unpack(marks[0, row + i, word:stop], bits, words)
                 finite &= _combine(
-                    near, ahead + i, lead, headed, own, delta, flags, gains, begun, parted, weights, scale, mean, short,
-                    merged, part,
+                    near, i, lead, headed, own, delta, flags, gains, sums[i, :n], shares[i, :n], weights, scale, mean,
+                    short, merged, part,
                 )  # fmt: skip
                 if short is not None:
                     finite &= _shorten(merged, part)
@@ -189,21 +201,35 @@ def merge_rows(
 
 
 @compiled
-def _form(left, right, ranks, base, plain, delta, skip, row, high, first, columns, n, near):  # type: ignore[no-untyped-def]
-    """The values of a strip of a tile, each model's in its own rows of `near`; but for those of the first `skip`."""
-    r, place = 0, 0
+def _form_all(  # type: ignore[no-untyped-def]
+    left, right, ranks, r, base, plain, place, delta, skip, row, high, first, columns, n, near
+):
+    """The values of a strip of a tile, each model's in its own rows of `near`; but for those of the first `skip`.
+
+    Factors begin at direction `r`, and tensors at `place`.
+    """
     for t in range(ranks.size):
+        rows = near[t * ROWS : (t + 1) * ROWS]
         if ranks[t] >= 0:
-            _multiply(left, right, row, high, r, ranks[t], first, n, near[t * ROWS : (t + 1) * ROWS])
+            _form(left, right, ranks[t], r, base, base, delta, row, high, first, columns, n, rows)
             r += ranks[t]
-        for i in range(high):
-            at, values = (row + i) * columns + first, near[t * ROWS + i, :n]
-            if ranks[t] >= 0:
-                if not delta:
-                    _add(base[at : at + n], values)
-            elif t >= skip:
-                _subtract(plain[place][at : at + n], base[at : at + n], delta, values)
-        place += 1 if ranks[t] < 0 else 0
+        else:
+            if t >= skip:
+                _form(left, right, ranks[t], r, base, plain[place], delta, row, high, first, columns, n, rows)
+            place += 1
+
+
+@compiled
+def _form(left, right, rank, r, base, whole, delta, row, high, first, columns, n, near):  # type: ignore[no-untyped-def]
+    """The values of a model in a strip of a tile: those of an adapter, or those that stand in `whole`."""
+    if rank >= 0:
+        _multiply(left, right, row, high, r, rank, first, n, near)
+    for i in range(high):
+        at, values = (row + i) * columns + first, near[i, :n]
+        if rank < 0:
+            _subtract(whole[at : at + n], base[at : at + n], delta, values)
+        elif not delta:
+            _add(base[at : at + n], values)
 
 
 @compiled
@@ -305,21 +331,6 @@ def _unpack(marks, bits, words):  # type: ignore[no-untyped-def]
     for k in range(8 // bits):
         for j in range(marks.size):
             words[k * marks.size + j] = (marks[j] >> np.uint64(k * bits)) & mask
-
-
-@compiled
-def _add_early(near, i, marks, row, word, stop, bits, weights, factors, gains, words, sums, shares):  # type: ignore[no-untyped-def]
-    """Adds up the models before the last `MOST`, one after another, and their share; all where `gains` is None."""
-    shares[:] = 0
-    flags = words.view(np.uint8)
-    for t in range(weights.size):
-        values = near[t * ROWS + i, : sums.size]
-        if gains is None:
-            storage.add_scaled(weights[t], values, sums)
-        else:
-            if t % MOST == 0:
-                _unpack(marks[1 + t // MOST, row, word:stop], bits, words)
-            _add_counted(values, flags, np.uint8(t % MOST), factors[t], weights[t], sums, shares)
 
 
 @compiled
