@@ -125,7 +125,8 @@ def both_ways() -> Iterator[str]:
 
 
 def missing(known: Known) -> Iterator[str]:
-    """What the command would still run."""
+    """What the command would still run, under its heading; nothing where all has been run."""
+    told = []
     for method, densities in METHODS.items():
         left = []
         for vlm, name, scenario in PAIRS:
@@ -133,7 +134,9 @@ def missing(known: Known) -> Iterator[str]:
             count = len(points) - len(tried(points, scenario, known))
             left += [f"{vlm} with {name} ({count} of {len(points)} points)"] if count else []
         if left:
-            yield f"- {method}: {', '.join(left)}"
+            told.append(f"- {method}: {', '.join(left)}")
+    if told:
+        yield from ("## Not run", "", *told, "")
 
 
 def versions() -> str:
@@ -165,7 +168,10 @@ SUM = """
 Of task arithmetic, where the whole grid was tried. Left the point with most skill on dev, whatever it costs the VLM,
 and what of it is lost, as a share, by confining the sum; right the point chosen as above among the same points.
 """
-COSTS = "Medians of seconds of computing, one thread, on a machine that others used at the same time."
+COSTS = """
+Medians of seconds of computing over all trials above, whichever version made them; one thread, on a machine that others
+used at the same time.
+"""
 BOTH = """
 Measured by `trial_cost.py`, each line in one process: the median of four merges, and the answers under the last to the
 180 dev questions, read in one pass over the right answers and generated token by token; alike are the verdicts.
@@ -210,8 +216,8 @@ def page() -> str:
         "## Beside task arithmetic", SAME, *tables("Beside task arithmetic", BESIDE, beside_rows, known),
         "## Confined to a sum of one", SUM, *tables("Coefficients confined", CONFINED, confined_rows, known),
         "## Landscapes on dev", "", SQUARE, "", *pictures(known),
-        "## What a trial takes", "", COSTS, "", costs(known), "", *both_ways(), "",
-        "## Not run", "", *missing(known), "",
+        "## What a trial takes", COSTS, costs(known), *both_ways(), "",
+        *missing(known),
     ])  # fmt: skip
 
 
