@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def delta(adapter: Path, name: str) -> torch.Tensor:
 
 
 def test_two_real_experts_become_the_float64_sum_rounded_once(tmp_path: Path) -> None:
+    already = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # tests before this one, in the same process
     record = graftkit.merge(ROOT / "examples" / "demo" / "task_arithmetic.yaml", tmp_path / "out")
     names = [
         f"model.layers.{n}.{part}.weight"
@@ -44,7 +46,7 @@ def test_two_real_experts_become_the_float64_sum_rounded_once(tmp_path: Path) ->
             exact = base.get_tensor(name).double() + 0.7 * (delta(MATH, name) + delta(CODE, name))
             tiny.half_unit(out.get_tensor(name), exact)
     assert sum(1 for t in record["tensors"] if t["method"]) == 30 * 7
-    assert record["execution"]["peak_memory_bytes"] < 4e9  # this process has imported torch and more
+    assert record["execution"]["peak_memory_bytes"] < max(4e9, already + 1e8)  # torch and more have been imported
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT on transformers 5

@@ -13,8 +13,7 @@ from graftkit.methods import kernels
 from graftkit.methods.random import Keyed
 
 SHAPES = [(1, 1), (3, 63), (4, 64), (7, 130), (8, STRIP), (5, STRIP + 1), (2, 2 * STRIP + 70)]
-RANKS = [(-1, 4), (4, -1), (3, 8), (0, 5), (-1, -1), (-1,), (2, -1, 4), (-1, *[2] * 7), (1, -1) * 5, (1,) * 18]
-RANKS += [(-1, *[2] * 9), (*[1] * 9, -1)]
+RANKS = [(-1, 4), (4, -1), (3, 8), (0, 5), (-1, -1), (2, -1, 4), (1,) * 18, (-1, *[2] * 9)]
 KINDS = [
     (dtype, mean, short) for dtype in (np.float64, np.float32) for mean in (True, False) for short in (False, True)
 ]
@@ -93,7 +92,7 @@ def same(mine, theirs):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    ("ranks", "delta"), [*((ranks, True) for ranks in RANKS), *((ranks, False) for ranks in RANKS[::3])]
+    ("ranks", "delta"), [*((ranks, True) for ranks in RANKS), *((ranks, False) for ranks in RANKS[::4])]
 )
 def test_sums(shape, ranks, delta):
     case = Case(shape, ranks, delta=delta)
