@@ -11,9 +11,9 @@
 `apply` writes every parameter from the base anew: nothing of what was applied before is left, and the values are those
 that `graft merge` and a load in the same dtype give, to the bit. Inputs are mapped once; adapters stay factors. Kept
 between applications are only what weights do not touch (thresholds of a density, norms, dots; and of a ballot which
-values count, a bit for each value of each model), the plan, which stands where only weights are new, and factors twice,
-alone and side by side, in the precision of arithmetic. The
-module comes from transformers (with images: `AutoModelForImageTextToText`); which parameter a tensor on disk is, is
+values count, at most a byte an element for eight models), the plan, which stands where only weights are new, and
+factors twice, alone and side by side, in the precision of arithmetic. The module comes from transformers (with images:
+`AutoModelForImageTextToText`); which parameter a tensor on disk is, is
 checked once by comparing values. What is done to parameters in between, the next `apply` undoes: all are written every
 time.
 """
